@@ -1,0 +1,20 @@
+"""Ops of spiking, linear-attention models: one semantics `[B, T, H, K]`, several backends, states as arguments."""
+
+from .backends import BACKENDS, OPS, Backend, BackendError, backends, state_dtype
+from .ops import gated_linear, gated_linear_step_, window_attention, window_attention_step_
+from .slots import Slots, make_slots
+
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "Backend",
+    "BackendError",
+    "Slots",
+    "backends",
+    "gated_linear",
+    "gated_linear_step_",
+    "make_slots",
+    "state_dtype",
+    "window_attention",
+    "window_attention_step_",
+]

@@ -1,0 +1,120 @@
+"""The ops as models call them: arguments checked, backend chosen, states from outside or in a pool.
+
+Shapes: q `[B, T, H, K]`, k `[B, T, H_kv, K]`, v `[B, T, H_kv, V]`; query head h reads group h // (H / H_kv).
+Ragged batches: `mask [B, T]` (False: the token does not exist) or `cu_seqlens [D + 1]` (one row holds D documents).
+Each op has two entries: the plain one writes to nothing it was given; `op_step_` (and the plain one given `Slots` for
+a state) updates the states in a pool's slots.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
+
+from torch import Tensor
+
+from .backends import resolve, state_dtype
+from .slots import Slots
+
+P = ParamSpec("P")
+
+
+def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
+    """Let `state` be `Slots`: read the rows, run the op, write the rows back, return the same slots as new state."""
+
+    @wraps(op)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
+        slots = kwargs.get("state")
+        if not isinstance(slots, Slots):
+            return op(*args, **kwargs)
+        kwargs["state"] = slots.read()
+        out, rows = op(*args, **kwargs)
+        slots.write_(rows)
+        return out, slots
+
+    return call
+
+
+@in_pool
+def gated_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    state: Tensor | Slots | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated linear attention: S_t = diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t.
+
+    `log_decay [B, T, H_kv, K]` or `[B, T, H_kv, 1]`, <= 0. Returns o `[B, T, H, V]` in v's type and the state
+    `[B or D, H_kv, K, V]` in fp32 (fp64 for fp64 inputs), zero at first. Raises ValueError for shapes that do not fit.
+    """
+    _check_heads(q, k, v)
+    if log_decay.shape[:3] != k.shape[:3] or log_decay.shape[3] not in (1, k.shape[3]):
+        raise ValueError(f"log_decay {tuple(log_decay.shape)} fits neither {tuple(k.shape)} nor one value a head")
+    if state is None:
+        rows = len(cu_seqlens) - 1 if cu_seqlens is not None else q.shape[0]
+        state = q.new_zeros(rows, k.shape[2], k.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
+    run = resolve("gated_linear", backend, q.device.type)
+    out, state = run(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens, mask=mask)
+    return out.view(*q.shape[:3], -1).to(v.dtype), state
+
+
+@in_pool
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    positions: Tensor,
+    scale: float | None = None,
+    state: Tensor | Slots | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention over a window: a query sees itself and the `window - 1` tokens before it.
+
+    `positions [B, T]`: each token's index in its document. `state [B or D, capacity, 2, H_kv, D]`: a ring in which the
+    token at position p lies in place p mod capacity (capacity >= window, or >= the length for attention over
+    everything). Without a state nothing came before and none is returned. Raises ValueError for shapes that do not fit.
+    """
+    _check_heads(q, k, v)
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    run = resolve("window_attention", backend, q.device.type)
+    out, state = run(
+        q,
+        k,
+        v,
+        window=window,
+        positions=positions.expand(q.shape[:2]),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        state=state,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+    )
+    return out.view(*q.shape[:3], -1), state
+
+
+def gated_linear_step_(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, pool: Tensor, slots: Tensor, **options: Any
+) -> Tensor:
+    """`gated_linear` with the states in `slots [B]` of `pool`, updated in place; slot -1 is padding."""
+    return gated_linear(q, k, v, log_decay, state=Slots(pool, slots), **options)[0]
+
+
+def window_attention_step_(q: Tensor, k: Tensor, v: Tensor, *, pool: Tensor, slots: Tensor, **options: Any) -> Tensor:
+    """`window_attention` with the rings in `slots [B]` of `pool`, updated in place; slot -1 is padding."""
+    return window_attention(q, k, v, state=Slots(pool, slots), **options)[0]
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")

@@ -1,0 +1,79 @@
+"""Every op as a plain recurrence over tokens: the specification that other backends are tested against.
+
+Works in fp64 and in fp32 (half precision is computed in fp32). B batch, T tokens, H heads, K key and V value width.
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import documents
+
+
+def gated_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = diag(exp g_t) S_{t-1} + k_t^T v_t;  o_t = scale * q_t S_t  (GLA, arXiv 2312.06635, eq. 3)."""
+    docs = documents(q.shape[0], q.shape[1], cu_seqlens, mask, q.device)
+    groups = q.shape[2] // k.shape[2]
+    q, k, v, decay = (x.flatten(0, 1).to(state.dtype) for x in (q, k, v, log_decay.exp()))
+    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=state.dtype, device=q.device)
+    states = []
+    for number, tokens in enumerate(docs.index.split(docs.lengths.tolist())):
+        memory = state[number]
+        for t in tokens.tolist():
+            memory = decay[t, :, :, None] * memory + k[t, :, :, None] * v[t, :, None, :]
+            read = memory.repeat_interleave(groups, dim=0)
+            out = out.index_put((torch.tensor(t),), scale * torch.einsum("hk,hkv->hv", q[t], read))
+        states.append(memory)
+    return out, torch.stack(states)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    positions: Tensor,
+    scale: float,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of each token over itself and the `window - 1` tokens before it in its document.
+
+    `state [D, capacity, 2, H_kv, V]` is a ring: the token at position p lies in place p mod capacity.
+    """
+    docs = documents(q.shape[0], q.shape[1], cu_seqlens, mask, q.device)
+    groups = q.shape[2] // k.shape[2]
+    q, k, v, position = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), positions.flatten().tolist()
+    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=v.dtype, device=q.device)
+    rings = []
+    for number, tokens in enumerate(docs.index.split(docs.lengths.tolist())):
+        seen = position[tokens[0]] if len(tokens) else 0
+        ring = (
+            {}
+            if state is None
+            else {p: state[number, p % state.shape[1]] for p in range(max(0, seen - state.shape[1]), seen)}
+        )
+        for t in tokens.tolist():
+            p = position[t]
+            ring[p] = torch.stack([k[t], v[t]])
+            visible = torch.stack([ring[i] for i in range(max(0, p - window + 1), p + 1) if i in ring])
+            keys, values = visible.repeat_interleave(groups, dim=2).unbind(1)
+            weights = torch.softmax(scale * torch.einsum("hk,nhk->hn", q[t], keys), dim=-1)
+            out = out.index_put((torch.tensor(t),), torch.einsum("hn,nhv->hv", weights, values))
+        if state is not None:
+            capacity, memory = state.shape[1], state[number]
+            for p in sorted(ring)[-capacity:]:
+                memory = memory.index_put((torch.tensor(p % capacity),), ring[p])
+            rings.append(memory)
+    return out, None if state is None else torch.stack(rings)

@@ -1,0 +1,70 @@
+"""Files and directories that are complete or absent: write aside, flush to disk, rename."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_absent(path: Path) -> None:
+    """Refuse a file or a directory with something in it; raises `InputError`."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists():
+        raise InputError(f"{path} already exists and is not an empty directory; choose another output or remove it")
+
+
+@contextlib.contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """Give a directory to write into that becomes `path` when the block ends without an error.
+
+    On any error, Ctrl-C and a full disk included, what was written is removed and `path` is as it was.
+    """
+    path = Path(path)
+    require_absent(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    try:
+        yield partial
+        for child in sorted(partial.rglob("*")):
+            _fsync(child)
+        partial.chmod(0o755)
+        if path.is_dir():
+            path.rmdir()
+        partial.rename(path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON in one step."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    _fsync(aside)
+    aside.replace(path)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; raises `InputError` naming the file if it is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None

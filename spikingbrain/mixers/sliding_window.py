@@ -1,0 +1,73 @@
+"""Softmax attention over a sliding window (SpikingBrain-7B's odd layers): memory bounded by the window."""
+
+import torch
+from torch import Tensor, nn
+
+from spikingbrain_kernels import window_attention
+
+from ..config import SpikingBrainConfig
+from ..rotary import Rotary
+from ..state import LayerState, StateSpec
+from . import Projection, attention_projections
+
+
+class Mixer(nn.Module):
+    """Grouped-query attention with rotary positions; each token sees itself and the `window - 1` tokens before it."""
+
+    kind = "attention"
+
+    def __init__(self, config: SpikingBrainConfig):
+        super().__init__()
+        self.config = config
+        self.rotary = Rotary(config)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    @staticmethod
+    def projections(config: SpikingBrainConfig) -> dict[str, Projection]:
+        """q, k, v, o."""
+        return attention_projections(config)
+
+    def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
+        """A ring of the last `window` keys and values."""
+        config = self.config
+        shape = (config.window, 2, config.num_key_value_heads, config.head_dim)
+        return [StateSpec("ring", shape, dtype, "ring", shard_dim=2)]
+
+    def heads(self, p: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v by head `[B, T, H, D]`, q and k normalised where the model does so, then rotated."""
+        q, k, v = (p[name].unflatten(-1, (-1, self.config.head_dim)) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.rotary(positions, q, k)
+        return q, k, v
+
+    def mix(
+        self,
+        p: dict[str, Tensor],
+        state: LayerState,
+        *,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, LayerState]:
+        """`p` of q, k, v -> `[B, T, H * D]`."""
+        out, ring = window_attention(
+            *self.heads(p, positions),
+            window=self.config.window,
+            positions=positions,
+            state=state.get("ring"),
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+        )
+        return out.flatten(2), {"ring": ring} if state else {}
+
+    @staticmethod
+    def init_from_attention(
+        tensors: dict[str, Tensor],
+        config: SpikingBrainConfig,  # noqa: ARG004
+        generator: torch.Generator,  # noqa: ARG004
+    ) -> dict[str, Tensor]:
+        """All tensors are those of the attention layer."""
+        return tensors

@@ -1,0 +1,303 @@
+"""The one decoder: every layer projects, mixes and projects back; training, generate() and the engines call `step`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from . import registry
+from .config import SpikingBrainConfig
+from .errors import InputError
+from .mixers import Projection
+from .spiking import SpikeEncoder, SpikingLinear
+from .state import LayerState, StateCache, StateSpec, first_states
+
+
+class MixerBlock(nn.Module):
+    """Projections, one mixer or several in parallel (`"a+b"`), and the projection back.
+
+    Parallel mixers read the same projections; the mean of their outputs, each normalised by head, is projected back
+    (arXiv 2509.05276, eq. 6). A spiking model encodes what a group of projections reads once for the group.
+    """
+
+    def __init__(self, config: SpikingBrainConfig, folder: str, names: str):
+        super().__init__()
+        self.names = names.split("+")
+        modules = {name: registry.load(folder, name).Mixer for name in self.names}
+        self.projections: dict[str, Projection] = {}
+        for mixer in modules.values():
+            self.projections = {**mixer.projections(config), **self.projections}
+        for name, mixer in modules.items():
+            self.add_module(name, mixer(config))
+        if len(self.names) > 1:
+            norm = {name: nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) for name in self.names}
+            self.branch_norm = nn.ModuleDict(norm)
+        self._add_projections(config)
+
+    def _add_projections(self, config: SpikingBrainConfig) -> None:
+        exclude = config.spiking["exclude"] if config.spiking else []
+        self.encoders = nn.ModuleDict()
+        for name, projection in self.projections.items():
+            spiking = config.spiking is not None and name not in exclude
+            linear = SpikingLinear if spiking else nn.Linear
+            self.add_module(name, linear(projection.in_features, projection.out_features, projection.bias))
+            if spiking and projection.source not in self.encoders:
+                self.encoders[projection.source] = SpikeEncoder(config.spiking)
+
+    def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
+        """The states of its mixers, named `mixer.state`."""
+        specs = []
+        for name in self.names:
+            for spec in self.get_submodule(name).state_specs(dtype):
+                specs.append(StateSpec(f"{name}.{spec.name}", spec.shape, spec.dtype, spec.kind, spec.shard_dim))
+        return specs
+
+    def _project(self, inputs: dict[str, Tensor], *, mixed: bool) -> dict[str, Tensor]:
+        """Apply the projections before (or, `mixed`, after) the mixing; a result can be another one's source."""
+        results: dict[str, Tensor] = {}
+        spikes: dict[str, Any] = {}
+        for name, projection in self.projections.items():
+            source = projection.source
+            if (source == "mixed") != mixed:
+                continue
+            x = inputs[source] if source in inputs else results[source]
+            linear = self.get_submodule(name)
+            if isinstance(linear, SpikingLinear):
+                if source not in spikes:
+                    spikes[source] = self.encoders[source](x)
+                x = spikes[source]
+            results[name] = linear(x)
+        return results
+
+    def forward(self, hidden: Tensor, state: LayerState, **context: Any) -> tuple[Tensor, LayerState]:
+        """`hidden [B, T, D]` -> `[B, T, D]` and the new state."""
+        p = self._project({"hidden": hidden}, mixed=False)
+        outputs, after = [], {}
+        for name in self.names:
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            output, own = self.get_submodule(name).mix(p, own, **context)
+            outputs.append(output)
+            after.update({f"{name}.{key}": value for key, value in own.items()})
+        (out,) = self._project({"mixed": self._merge(outputs)}, mixed=True).values()
+        return out, after
+
+    def _merge(self, outputs: list[Tensor]) -> Tensor:
+        if len(outputs) == 1:
+            return outputs[0]
+        norms = [self.branch_norm[name] for name in self.names]
+        by_head = [norm(x.unflatten(-1, (-1, *norm.normalized_shape))) for norm, x in zip(norms, outputs, strict=True)]
+        return torch.stack(by_head).mean(0).flatten(-2)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """x + mixer(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: SpikingBrainConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = MixerBlock(config, "mixers", config.mixers[layer])
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MixerBlock(config, "channel_mixers", config.channel_mixers[layer])
+
+    def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
+        """What the layer remembers of a sequence."""
+        return self.mixer.state_specs(dtype) + self.mlp.state_specs(dtype)
+
+    def forward(self, hidden: Tensor, state: LayerState, **context: Any) -> tuple[Tensor, LayerState]:
+        """`hidden [B, T, D]` -> the same and the new state."""
+        mixed, after = self.mixer(self.input_layernorm(hidden), state, **context)
+        hidden = hidden + mixed
+        mixed, after_mlp = self.mlp(self.post_attention_layernorm(hidden), state, **context)
+        return hidden + mixed, {**after, **after_mlp}
+
+
+class SpikingBrainPreTrainedModel(PreTrainedModel):
+    """What Hugging Face needs to know; loading fails where a tensor is missing, left over or of another shape."""
+
+    config_class = SpikingBrainConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    supports_cu_seqlens = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _is_stateful = True
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; raises `InputError` naming every tensor that does not fit."""
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        problems = [
+            f"{kind.removesuffix('_keys')}: {', '.join(sorted(map(str, keys)))}" for kind, keys in info.items() if keys
+        ]
+        if problems:
+            raise InputError(f"{path} does not fit {cls.__name__}: " + "; ".join(problems))
+        return (model, info) if output_loading_info else model
+
+
+class SpikingBrainModel(SpikingBrainPreTrainedModel):
+    """Embedding, layers, norm."""
+
+    def __init__(self, config: SpikingBrainConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def state_specs(self) -> list[list[StateSpec]]:
+        """What one sequence's state consists of, layer by layer."""
+        return [layer.state_specs(self.dtype) for layer in self.layers]
+
+    def step(
+        self,
+        hidden: Tensor,
+        states: list[LayerState] | None,
+        *,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[LayerState]]:
+        """Run T more tokens through all layers.
+
+        `hidden [B, T, D]`: embeddings. `states`: one a layer; None remembers nothing. `positions [B, T]`: index in the
+        document. `mask [B, T]` (False: no token) or `cu_seqlens [N + 1]` (B = 1 holds N documents). Returns the hidden
+        states before each layer and, last, after the final norm; and the new states.
+        """
+        trace, after = [hidden], []
+        for number, layer in enumerate(self.layers):
+            state = {} if states is None else states[number]
+            hidden, state = layer(hidden, state, positions=positions, cu_seqlens=cu_seqlens, mask=mask)
+            trace.append(hidden)
+            after.append(state)
+        trace[-1] = self.norm(hidden)
+        return trace, after
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **_unused: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hugging Face's forward; `cu_seqlens [N + 1]` marks the documents of a packed row."""
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        rows, columns = hidden.shape[:2]
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        cache = past_key_values
+        if cache is None and use_cache and cu_seqlens is None:
+            cache = StateCache(first_states(self.state_specs(), rows, hidden.device), rows, hidden.device)
+        mask = _token_mask(attention_mask, columns)
+        if position_ids is None:
+            position_ids = _positions(hidden, cache, mask, cu_seqlens)
+        states = None if cache is None else cache.states
+        trace, states = self.step(hidden, states, positions=position_ids, cu_seqlens=cu_seqlens, mask=mask)
+        if cache is not None:
+            cache.advance(states, columns if mask is None else mask.sum(1), columns)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=trace[-1],
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(trace) if wanted else None,
+        )
+
+
+def _token_mask(attention_mask: Tensor | None, columns: int) -> Tensor | None:
+    """The newest columns of a 2-D mask as booleans, or None where every token is real."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must be [B, T]; got {tuple(attention_mask.shape)}; documents need cu_seqlens")
+    mask = attention_mask[:, -columns:].bool()
+    return None if bool(mask.all()) else mask
+
+
+def _positions(hidden: Tensor, cache: StateCache | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Each token's index in its document `[B, T]`."""
+    rows, columns = hidden.shape[:2]
+    index = torch.arange(columns, device=hidden.device)
+    if cu_seqlens is not None:
+        return (index - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff()))[None]
+    index = index.expand(rows, columns) if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
+    return index if cache is None else index + cache.num_tokens[:, None]
+
+
+class SpikingBrainForCausalLM(SpikingBrainPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SpikingBrainConfig):
+        super().__init__(config)
+        self.model = SpikingBrainModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`generate` leaves the cache to us: forward makes it."""
+        return False
+
+    @property
+    def is_constant_memory(self) -> bool:
+        """Whether no state grows with the sequence."""
+        return all(spec.kind != "growing" for layer in self.state_specs() for spec in layer)
+
+    def state_specs(self) -> list[list[StateSpec]]:
+        """What one sequence's state consists of, layer by layer."""
+        return self.model.state_specs()
+
+    def step(
+        self, input_ids: Tensor, states: list[LayerState] | None, **context: Any
+    ) -> tuple[Tensor, list[LayerState]]:
+        """`input_ids [B, T]` and the states -> last hidden states `[B, T, D]` and the new states; see the model's."""
+        trace, states = self.model.step(self.model.embed_tokens(input_ids), states, **context)
+        return trace[-1], states
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[B, T or logits_to_keep, vocabulary]`; `labels [B, T]` are the input's own tokens, -100 is left out."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            if cu_seqlens is not None:
+                labels = labels.index_fill(1, cu_seqlens[:-1].long(), -100)
+            items = {key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **items)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
