@@ -259,7 +259,7 @@ class SpikingBrainForCausalLM(SpikingBrainPreTrainedModel, GenerationMixin):
     def step(
         self, input_ids: Tensor, states: list[LayerState] | None, **context: Any
     ) -> tuple[Tensor, list[LayerState]]:
-        """`input_ids [B, T]` and the states -> last hidden states `[B, T, D]` and the new states; see the model's."""
+        """`input_ids [B, T]` and states -> last hidden states `[B, T, D]`, new states; see `SpikingBrainModel.step`."""
         trace, states = self.model.step(self.model.embed_tokens(input_ids), states, **context)
         return trace[-1], states
 
@@ -276,7 +276,7 @@ class SpikingBrainForCausalLM(SpikingBrainPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits `[B, T or logits_to_keep, vocabulary]`; `labels [B, T]` are the input's own tokens, -100 is left out."""
+        """Logits `[B, T or logits_to_keep, vocabulary]`; `labels [B, T]`: the input's tokens, -100 left out."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,4 +1,4 @@
-"""What a model remembers of a sequence: named tensors a layer, as values, in a pool of slots, or in a transformers cache.
+"""What a model remembers of a sequence: named tensors a layer, as values, in a pool, or in a transformers cache.
 
 All zeros is the valid first state of everything. A `growing` state has an entry a token; other kinds have a fixed size.
 """

@@ -98,7 +98,7 @@ def window_attention(
         cu_seqlens=cu_seqlens,
         mask=mask,
     )
-    return out.view(*q.shape[:3], -1), state
+    return out.view(*q.shape[:3], -1).to(v.dtype), state
 
 
 def gated_linear_step_(

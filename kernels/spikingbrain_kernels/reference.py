@@ -6,6 +6,7 @@ Works in fp64 and in fp32 (half precision is computed in fp32). B batch, T token
 import torch
 from torch import Tensor
 
+from .backends import state_dtype
 from .layout import documents
 
 
@@ -54,16 +55,14 @@ def window_attention(
     """
     docs = documents(q.shape[0], q.shape[1], cu_seqlens, mask, q.device)
     groups = q.shape[2] // k.shape[2]
-    q, k, v, position = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), positions.flatten().tolist()
+    q, k, v = (x.flatten(0, 1).to(state_dtype(x.dtype)) for x in (q, k, v))
+    position = positions.flatten().tolist()
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=v.dtype, device=q.device)
     rings = []
     for number, tokens in enumerate(docs.index.split(docs.lengths.tolist())):
         seen = position[tokens[0]] if len(tokens) else 0
-        ring = (
-            {}
-            if state is None
-            else {p: state[number, p % state.shape[1]] for p in range(max(0, seen - state.shape[1]), seen)}
-        )
+        old = range(0) if state is None else range(max(0, seen - state.shape[1]), seen)
+        ring = {p: state[number, p % state.shape[1]].to(k.dtype) for p in old}
         for t in tokens.tolist():
             p = position[t]
             ring[p] = torch.stack([k[t], v[t]])
@@ -74,6 +73,6 @@ def window_attention(
         if state is not None:
             capacity, memory = state.shape[1], state[number]
             for p in sorted(ring)[-capacity:]:
-                memory = memory.index_put((torch.tensor(p % capacity),), ring[p])
+                memory = memory.index_put((torch.tensor(p % capacity),), ring[p].to(memory.dtype))
             rings.append(memory)
     return out, None if state is None else torch.stack(rings)

@@ -1,0 +1,4 @@
+PYTHON ?= python3
+VENV := .venv
+setup:
+	$(PYTHON) -m venv $(VENV)

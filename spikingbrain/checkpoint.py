@@ -1,0 +1,106 @@
+"""Reading model directories: every way they can be wrong becomes one `InputError` that names the file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from .errors import InputError
+from .files import read_json
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """The config of a model directory."""
+    keys = read_json(_directory(path) / "config.json")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except InputError:
+        raise
+    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}/config.json ({keys.get('model_type')}): {_one_line(error)}") from None
+
+
+def load_model(path: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The causal language model of a directory, in evaluation mode; all its tensors checked."""
+    load_config(path)
+    Shards(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise InputError(f"{path} cannot be loaded: {_one_line(error)}") from None
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model directory."""
+    directory = _directory(path)
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the tokenizer of {path} cannot be loaded: {_one_line(error)}") from None
+
+
+def _directory(path: str | Path) -> Path:
+    if not Path(path).is_dir():
+        raise InputError(f"{path} is not a model directory")
+    return Path(path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class Shards:
+    """The safetensors files of a directory, read one tensor at a time.
+
+    Raises `InputError` naming a file that is missing, truncated, or does not hold what the index says.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = _directory(path)
+        self._files = self._find()
+        self.names: dict[str, Path] = {}
+        for file in self._files:
+            with self._open(file) as shard:
+                self.names.update(dict.fromkeys(shard.keys(), file))
+
+    def _find(self) -> list[Path]:
+        single, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [single.name]
+        files = [self.path / name for name in names]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise InputError(f"{self.path} lacks {', '.join(missing)}")
+        return files
+
+    def _open(self, file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is damaged or truncated: {_one_line(error)}") from None
+
+    def get(self, name: str) -> Tensor:
+        """One tensor."""
+        with self._open(self.names[name]) as shard:
+            return shard.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)

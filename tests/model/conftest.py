@@ -1,0 +1,47 @@
+"""Tiny models of every mixer, in fp64 so that equality means equality."""
+
+import pytest
+import torch
+
+from spikingbrain import SpikingBrainConfig, SpikingBrainForCausalLM, registry
+
+VOCABULARY = 61
+
+
+def tiny_config(mixers: list[str], **options) -> SpikingBrainConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return SpikingBrainConfig(
+        **{
+            **sizes,
+            "vocab_size": VOCABULARY,
+            "num_hidden_layers": 3,
+            "max_position_embeddings": 256,
+            "qkv_bias": True,
+            "mixers": mixers,
+            "window": 7,
+            "initializer_range": 0.3,
+            **options,
+        }
+    )
+
+
+def tiny_model(mixers: list[str], *, dtype=torch.float64, seed: int = 0, **options) -> SpikingBrainForCausalLM:
+    torch.manual_seed(seed)
+    model = SpikingBrainForCausalLM(tiny_config(mixers, **options)).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    return model
+
+
+LAYOUTS = [*registry.names("mixers"), "gla+sliding_window", "softmax+gla"]
+
+
+@pytest.fixture(params=LAYOUTS)
+def mixers(request) -> list[str]:
+    return [request.param]
+
+
+@pytest.fixture(params=["dense", "spiking"])
+def spiking(request) -> dict | None:
+    return None if request.param == "dense" else {"neuron": "adaptive", "params": {"k": 3.0}}
