@@ -1,4 +1,50 @@
 PYTHON ?= python3
-VENV := .venv
-setup:
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := 2.13.0
+OLDER_TRANSFORMERS := 5.19.0
+# Tests of several processes and timings of the demo must not see a thread pool larger than the machine.
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: help setup demo test check docs-links test-transformers clean
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
+
+setup: $(INSTALLED) ## make .venv with everything the demo and the tests need
+
+$(INSTALLED): pyproject.toml constraints/pins.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "needs Python 3.11 or newer; say which with make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then \
+	  $(BIN)/pip install -q torch==$(TORCH); \
+	else \
+	  $(BIN)/pip install -q torch==$(TORCH)+cpu 2> /dev/null || \
+	  { echo "warning: no CPU-only build of torch $(TORCH) here, installing the general one"; \
+	    $(BIN)/pip install -q torch==$(TORCH); }; \
+	fi
+	$(BIN)/pip install -q -c constraints/pins.txt -e '.[dev]'
+	@touch $(INSTALLED)
+
+demo: setup      ## the whole way: base, conversion, training, spikes, server, report
+	$(BIN)/spikingbrain demo
+
+test: setup check ## everything CI runs
+	$(PYTEST) tests
+
+check: setup     ## lint, types, import rule
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
+
+test-transformers: ## smoke test on an older transformers, in an environment of its own
+	$(PYTHON) -m venv .venv-transformers
+	.venv-transformers/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-transformers/bin/pip install -q torch==$(TORCH)
+	.venv-transformers/bin/pip install -q -e . pytest transformers==$(OLDER_TRANSFORMERS)
+	.venv-transformers/bin/python -m pytest -q tests/kernels tests/model
+
+clean:           ## remove environments and what the demo made
+	rm -rf .venv .venv-* demo-work demo-report

@@ -1,6 +1,7 @@
 """Spiking, linear-attention language models; importing this registers them with transformers' Auto classes."""
 
 from importlib import import_module
+from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
@@ -22,7 +23,7 @@ def _register() -> None:
         family = import_module(f"spikingbrain.families.{name}")
         AutoConfig.register(name, family.Config, exist_ok=True)
         AutoModelForCausalLM.register(family.Config, family.ForCausalLM, exist_ok=True)
-        renamings = [WeightRenaming(theirs, ours) for theirs, ours in family.NAMES]
+        renamings: list[Any] = [WeightRenaming(theirs, ours) for theirs, ours in family.NAMES]
         register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
 
 

@@ -47,11 +47,14 @@ class MixerBlock(nn.Module):
             if spiking and projection.source not in self.encoders:
                 self.encoders[projection.source] = SpikeEncoder(config.spiking)
 
+    def _mixer(self, name: str) -> Any:
+        return self.get_submodule(name)
+
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
         """The states of its mixers, named `mixer.state`."""
         specs = []
         for name in self.names:
-            for spec in self.get_submodule(name).state_specs(dtype):
+            for spec in self._mixer(name).state_specs(dtype):
                 specs.append(StateSpec(f"{name}.{spec.name}", spec.shape, spec.dtype, spec.kind, spec.shard_dim))
         return specs
 
@@ -78,16 +81,16 @@ class MixerBlock(nn.Module):
         outputs, after = [], {}
         for name in self.names:
             own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            output, own = self.get_submodule(name).mix(p, own, **context)
+            output, own = self._mixer(name).mix(p, own, **context)
             outputs.append(output)
             after.update({f"{name}.{key}": value for key, value in own.items()})
-        (out,) = self._project({"mixed": self._merge(outputs)}, mixed=True).values()
-        return out, after
+        back = self._project({"mixed": self._merge(outputs)}, mixed=True)
+        return next(iter(back.values())), after
 
     def _merge(self, outputs: list[Tensor]) -> Tensor:
         if len(outputs) == 1:
             return outputs[0]
-        norms = [self.branch_norm[name] for name in self.names]
+        norms: list[Any] = [self.branch_norm[name] for name in self.names]
         by_head = [norm(x.unflatten(-1, (-1, *norm.normalized_shape))) for norm, x in zip(norms, outputs, strict=True)]
         return torch.stack(by_head).mean(0).flatten(-2)
 
@@ -127,9 +130,15 @@ class SpikingBrainPreTrainedModel(PreTrainedModel):
     _is_stateful = True
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
         """As `PreTrainedModel.from_pretrained`; raises `InputError` naming every tensor that does not fit."""
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        # transformers would stop at the first kind of problem; asked to ignore them it reports all.
+        loaded: Any = super().from_pretrained(
+            path, *args, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True}
+        )
+        model, info = loaded
+        if kwargs.get("ignore_mismatched_sizes"):
+            info["mismatched_keys"] = set()
         problems = [
             f"{kind.removesuffix('_keys')}: {', '.join(sorted(map(str, keys)))}" for kind, keys in info.items() if keys
         ]
@@ -144,7 +153,7 @@ class SpikingBrainModel(SpikingBrainPreTrainedModel):
     def __init__(self, config: SpikingBrainConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers: Any = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -202,7 +211,7 @@ class SpikingBrainModel(SpikingBrainPreTrainedModel):
         states = None if cache is None else cache.states
         trace, states = self.step(hidden, states, positions=position_ids, cu_seqlens=cu_seqlens, mask=mask)
         if cache is not None:
-            cache.advance(states, columns if mask is None else mask.sum(1), columns)
+            cache.advance(states, torch.tensor(columns) if mask is None else mask.sum(1), columns)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=trace[-1],

@@ -28,7 +28,7 @@ class SpikeEncoder(nn.Module):
 class SpikingLinear(nn.Linear):
     """A projection of spikes: scale * (counts W^T) + b. The same weights as the dense projection it stands for."""
 
-    def forward(self, spikes: Spikes) -> Tensor:
+    def forward(self, spikes: Spikes) -> Tensor:  # type: ignore[override]
         """`Spikes [..., in]` -> `[..., out]`."""
         out = nn.functional.linear(spikes.counts, self.weight) * spikes.scale.to(spikes.counts.dtype)
         return out if self.bias is None else out + self.bias
@@ -47,7 +47,7 @@ class SpikeRecord:
 
 
 @contextlib.contextmanager
-def record_spikes(model: nn.Module) -> Iterator[SpikeRecord]:
+def record_spikes(model: Any) -> Iterator[SpikeRecord]:
     """Collect every encoder's counts (int32, on the CPU) while the block runs. `model` has a config with `spiking`."""
     spiking = model.config.spiking
     record = SpikeRecord(spiking["code"] if spiking else "bitwise")

@@ -142,8 +142,8 @@ def _remember(k: Tensor, v: Tensor, docs: Documents, first: Tensor, state: Tenso
         return None
     capacity = state.shape[1]
     document = torch.repeat_interleave(torch.arange(len(docs.lengths), device=k.device), docs.lengths)
-    relative = torch.arange(len(docs.index), device=k.device) - docs.starts[document]
+    relative = torch.arange(len(docs.tokens), device=k.device) - docs.starts[document]
     kept = relative >= docs.lengths[document] - capacity
-    document, relative, token = document[kept], relative[kept], docs.index[kept]
+    document, relative, token = document[kept], relative[kept], docs.tokens[kept]
     entries = torch.stack([k.flatten(0, 1)[token], v.flatten(0, 1)[token]], dim=1).to(state.dtype)
     return state.index_put((document, (first[document] + relative) % capacity), entries)

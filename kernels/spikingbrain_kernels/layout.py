@@ -11,14 +11,14 @@ from torch.nn.functional import pad
 
 
 class Documents(NamedTuple):
-    """`index [N]`: the flat positions (row * T + column) of the real tokens, document after document; `lengths [D]`."""
+    """`tokens [N]`: flat positions (row * T + column) of the real tokens, document after document; `lengths [D]`."""
 
-    index: Tensor
+    tokens: Tensor
     lengths: Tensor
 
     @property
     def starts(self) -> Tensor:
-        """`[D]`: where each document begins in `index`."""
+        """`[D]`: where each document begins in `tokens`."""
         return self.lengths.cumsum(0) - self.lengths
 
     @property
@@ -27,14 +27,14 @@ class Documents(NamedTuple):
         return int(self.lengths.max()) if len(self.lengths) else 0
 
     def at(self, place: Tensor) -> Tensor:
-        """`index[place]`, for places that may lie outside (they give some token, to be masked by the caller)."""
-        if not len(self.index):
+        """`tokens[place]`, for places that may lie outside (they give some token, to be masked by the caller)."""
+        if not len(self.tokens):
             return torch.zeros_like(place)
-        return self.index[place.clamp(0, len(self.index) - 1)]
+        return self.tokens[place.clamp(0, len(self.tokens) - 1)]
 
     def first(self, positions: Tensor) -> Tensor:
         """`[D]`: the position of each document's first token; zero for an empty document."""
-        if not len(self.index):
+        if not len(self.tokens):
             return torch.zeros_like(self.lengths)
         return positions.flatten()[self.at(self.starts)].masked_fill(self.lengths == 0, 0)
 

@@ -46,7 +46,7 @@ def gated_linear(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     """Gated linear attention: S_t = diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t.
 
     `log_decay [B, T, H_kv, K]` or `[B, T, H_kv, 1]`, <= 0. Returns o `[B, T, H, V]` in v's type and the state
@@ -76,7 +76,7 @@ def window_attention(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """Softmax attention over a window: a query sees itself and the `window - 1` tokens before it.
 
     `positions [B, T]`: each token's index in its document. `state [B or D, capacity, 2, H_kv, D]`: a ring in which the

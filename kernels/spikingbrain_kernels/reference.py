@@ -27,7 +27,7 @@ def gated_linear(
     q, k, v, decay = (x.flatten(0, 1).to(state.dtype) for x in (q, k, v, log_decay.exp()))
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=state.dtype, device=q.device)
     states = []
-    for number, tokens in enumerate(docs.index.split(docs.lengths.tolist())):
+    for number, tokens in enumerate(docs.tokens.split(docs.lengths.tolist())):
         memory = state[number]
         for t in tokens.tolist():
             memory = decay[t, :, :, None] * memory + k[t, :, :, None] * v[t, :, None, :]
@@ -59,7 +59,7 @@ def window_attention(
     position = positions.flatten().tolist()
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=v.dtype, device=q.device)
     rings = []
-    for number, tokens in enumerate(docs.index.split(docs.lengths.tolist())):
+    for number, tokens in enumerate(docs.tokens.split(docs.lengths.tolist())):
         seen = position[tokens[0]] if len(tokens) else 0
         old = range(0) if state is None else range(max(0, seen - state.shape[1]), seen)
         ring = {p: state[number, p % state.shape[1]].to(k.dtype) for p in old}

@@ -15,20 +15,20 @@ class Slots(NamedTuple):
     """
 
     pool: Tensor
-    index: Tensor
+    rows: Tensor
 
     def read(self) -> Tensor:
         """The rows' states `[B, ...]`, a copy."""
-        rows = self.pool[self.index.clamp(min=0)]
-        padding = (self.index == PADDING).view(-1, *[1] * (rows.dim() - 1))
-        return rows.masked_fill(padding, 0)
+        states = self.pool[self.rows.clamp(min=0)]
+        padding = (self.rows == PADDING).view(-1, *[1] * (states.dim() - 1))
+        return states.masked_fill(padding, 0)
 
-    def write_(self, rows: Tensor) -> None:
-        """Store `rows [B, ...]` into the slots."""
-        used = self.index != PADDING
-        self.pool[self.index[used]] = rows[used].to(self.pool.dtype)
+    def write_(self, states: Tensor) -> None:
+        """Store `states [B, ...]` into the slots."""
+        used = self.rows != PADDING
+        self.pool[self.rows[used]] = states[used].to(self.pool.dtype)
 
 
-def make_slots(pool: Tensor, index: list[int]) -> Slots:
+def make_slots(pool: Tensor, rows: list[int]) -> Slots:
     """`Slots` on the pool's own device."""
-    return Slots(pool, torch.tensor(index, device=pool.device))
+    return Slots(pool, torch.tensor(rows, device=pool.device))

@@ -1,0 +1,22 @@
+# The same install as `make setup` without the tools for tests; serves a model directory mounted at /model.
+FROM python:3.11-slim AS build
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY constraints constraints
+COPY kernels kernels
+COPY spikingbrain spikingbrain
+COPY training training
+COPY serving serving
+RUN python -m venv /venv \
+ && (/venv/bin/pip install --no-cache-dir torch==2.13.0+cpu || /venv/bin/pip install --no-cache-dir torch==2.13.0) \
+ && /venv/bin/pip install --no-cache-dir -c constraints/pins.txt '.[serve]'
+
+FROM python:3.11-slim
+RUN useradd --create-home --uid 10001 spikingbrain
+COPY --from=build /venv /venv
+USER spikingbrain
+WORKDIR /home/spikingbrain
+EXPOSE 8000
+HEALTHCHECK CMD ["/venv/bin/python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"]
+ENTRYPOINT ["/venv/bin/spikingbrain"]
+CMD ["serve", "/model", "--host", "0.0.0.0", "--port", "8000"]

@@ -1,0 +1,207 @@
+"""The contracts of neurons and codes, of the projections they drive, and of the figures told about them."""
+
+import pytest
+import torch
+from conftest import relative_rms
+
+from spikingbrain import InputError, SpikingBrainConfig, record_spikes, registry
+from spikingbrain.codes import decode, encode
+from spikingbrain.spiking import SpikeEncoder, SpikingLinear
+from spikingbrain.statistics import gaussian_statistics, recorded_statistics, spike_statistics
+
+from .conftest import LAYOUTS, VOCABULARY, tiny_model
+
+NEURONS = registry.names("neurons")
+CODES = registry.names("codes")
+SIGNED_CODES = [name for name in CODES if registry.load("codes", name).SIGNED]
+
+
+def make_neuron(name):
+    return registry.load("neurons", name).Neuron()
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_counts_are_whole_and_stand_for_the_input(name):
+    x = torch.randn(2, 5, 64)
+    spikes = make_neuron(name)(x)
+    assert torch.equal(spikes.counts, spikes.counts.round())
+    assert spikes.scale.shape == (2, 5, 1)
+    assert bool(((spikes.counts * spikes.scale - x).abs() <= spikes.scale / 2 + 1e-6).all())
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_a_threshold_depends_on_one_token_only(name):
+    neuron, x = make_neuron(name), torch.randn(3, 7, 32)
+    whole = neuron(x)
+    for row in range(3):
+        for t in range(7):
+            alone = neuron(x[row : row + 1, t : t + 1])
+            assert torch.equal(alone.counts[0, 0], whole.counts[row, t])
+            assert torch.equal(alone.scale[0, 0], whole.scale[row, t])
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_zero_and_huge_inputs_are_ordinary_inputs(name):
+    neuron = make_neuron(name)
+    assert not neuron(torch.zeros(1, 1, 8)).counts.any()
+    assert bool(neuron(torch.full((1, 1, 8), 1e6)).counts.isfinite().all())
+
+
+def test_adaptive_is_its_equation():
+    x = torch.randn(4, 100, dtype=torch.float64)
+    threshold = x.abs().mean(-1, keepdim=True) / 2.5
+    spikes = registry.load("neurons", "adaptive").Neuron(k=2.5)(x)
+    assert torch.equal(spikes.counts, torch.round(x / threshold))
+    assert torch.equal(spikes.scale, threshold)
+
+
+def test_adaptive_passes_gradients_straight_through():
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    layer = SpikingLinear(16, 8).double()
+    gradient = torch.randn(3, 8, dtype=torch.float64)
+    layer(make_neuron("adaptive")(x)).backward(gradient)
+    assert relative_rms(x.grad, gradient @ layer.weight) < 1e-12
+
+
+def test_adaptive_refuses_k_of_zero():
+    with pytest.raises(InputError, match="k must be above 0"):
+        SpikingBrainConfig(spiking={"neuron": "adaptive", "params": {"k": 0.0}})
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_codes_are_exact_for_every_count_of_their_range(name):
+    code = registry.load("codes", name)
+    counts = torch.arange(-130 if code.SIGNED else 0, 131)
+    planes = encode(code, counts)
+    assert torch.equal(decode(code, planes), counts)
+    assert set(planes.unique().tolist()) <= set(code.SPIKES)
+    assert len(planes) == code.num_steps(130)
+    assert torch.equal(decode(code, encode(code, counts, 140)), counts)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_the_sum_over_planes_is_the_product_of_the_counts(name):
+    code = registry.load("codes", name)
+    counts = torch.randint(-9 if code.SIGNED else 0, 10, (5, 33))
+    weight = torch.randint(-128, 128, (33, 7))
+    planes = encode(code, counts)
+    by_step = torch.stack([plane.long() @ weight for plane in planes])
+    assert torch.equal(decode(code, by_step), counts @ weight)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_counts_outside_the_range_and_broken_counts_raise(name):
+    code = registry.load("codes", name)
+    with pytest.raises(InputError, match="need"):
+        encode(code, torch.tensor([9]), steps=2)
+    with pytest.raises(InputError, match="whole"):
+        encode(code, torch.tensor([0.5]))
+    assert encode(code, torch.zeros(3)).shape == (0, 3)
+    if not code.SIGNED:
+        with pytest.raises(InputError, match="negative"):
+            encode(code, torch.tensor([-1]))
+
+
+def test_an_unsigned_code_for_a_signed_neuron_is_refused_with_the_choices():
+    with pytest.raises(InputError, match=", ".join(SIGNED_CODES)):
+        SpikingBrainConfig(spiking={"neuron": "adaptive", "code": "binary"})
+    with pytest.raises(InputError, match="adaptive"):
+        SpikingBrainConfig(spiking={"neuron": "lief"})
+    with pytest.raises(InputError, match="unknown keys nuron"):
+        SpikingBrainConfig(spiking={"nuron": "adaptive"})
+    with pytest.raises(InputError, match="do not fit neuron"):
+        SpikingBrainConfig(spiking={"params": {"kay": 1}})
+
+
+def spiking_model(mixers=("gla", "sliding_window"), **options):
+    return tiny_model(list(mixers), dtype=torch.float32, spiking={"neuron": "adaptive", **options})
+
+
+def calls_of(model, kind):
+    calls = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            calls[name] = 0
+
+            def count(_module, _inputs, _output, name=name):
+                calls[name] += 1
+
+            module.register_forward_hook(count)
+    return calls
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_spiking_linear_and_encoder_runs_once_a_forward_pass(layout):
+    model = spiking_model([layout])
+    linears, encoders = calls_of(model, SpikingLinear), calls_of(model, SpikeEncoder)
+    model(input_ids=torch.randint(0, VOCABULARY, (1, 9)))
+    projections = sum(len(b.projections) for layer in model.model.layers for b in (layer.mixer, layer.mlp))
+    assert len(linears) == projections
+    assert set(linears.values()) == {1}
+    assert set(encoders.values()) == {1}
+    assert len(encoders) < len(linears)
+
+
+def test_excluded_projections_stay_dense():
+    model = spiking_model(exclude=["down_proj", "o_proj"])
+    assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    assert type(model.model.layers[0].mlp.up_proj) is SpikingLinear
+    assert list(model.model.layers[0].mlp.encoders) == ["hidden"]
+
+
+@torch.no_grad()
+def test_fine_spikes_give_the_dense_model():
+    dense = tiny_model(["gla", "sliding_window"])
+    fine = tiny_model(["gla", "sliding_window"], spiking={"params": {"k": 1e6}})
+    ids = torch.randint(0, VOCABULARY, (2, 20))
+    assert relative_rms(fine(ids).logits, dense(ids).logits) < 1e-4
+
+
+@torch.no_grad()
+def test_the_recorder_gives_counts_and_planes_by_module_name():
+    model = spiking_model()
+    ids = torch.randint(0, VOCABULARY, (2, 11))
+    with record_spikes(model) as record:
+        model(ids)
+        model(ids)
+    name = "model.layers.1.mlp.encoders.mixed"
+    assert len(record.counts[name]) == 2
+    assert record.counts[name][0].shape == (2, 11, 48)
+    code = registry.load("codes", "bitwise")
+    assert torch.equal(decode(code, record.planes(name)), record.counts[name][1].long())
+    model(ids)
+    assert len(record.counts[name]) == 2
+
+
+def test_statistics_are_what_their_names_say():
+    counts = torch.tensor([[0, 1, -3, 4]])
+    figures = spike_statistics(counts, "bitwise")
+    assert figures == {
+        "silent_channels": 0.25,
+        "mean_spikes": 2.0,
+        "steps": 3,
+        "slot_sparsity": 1 - 4 / 12,
+        "spikes_per_channel": 1.0,
+    }
+
+
+def test_gaussian_noise_at_k_3_is_silent_in_a_tenth_of_its_channels():
+    figures = gaussian_statistics(SpikeEncoder({"neuron": "adaptive", "params": {"k": 3.0}}), "bitwise")
+    assert figures["silent_channels"] == pytest.approx(0.106, abs=0.002)
+    assert figures["mean_spikes"] == pytest.approx(3.0, abs=0.01)
+
+
+@torch.no_grad()
+def test_recorded_statistics_count_synaptic_operations_by_hand():
+    model = spiking_model()
+    with record_spikes(model) as record:
+        model(torch.randint(0, VOCABULARY, (1, 8)))
+    figures = recorded_statistics(model, record)
+    expected = 0.0
+    for name, (counts,) in record.counts.items():
+        planes = encode(registry.load("codes", "bitwise"), counts)
+        block = model.get_submodule(name.rpartition(".encoders.")[0])
+        reached = sum(p.out_features for p in block.projections.values() if p.source == name.rpartition(".")[2])
+        expected += float(planes.count_nonzero()) * reached / 8
+    assert figures["synaptic_operations_per_token"] == pytest.approx(expected)
+    assert figures["dense_operations_per_token"] > expected
