@@ -13,7 +13,7 @@ from .config import SpikingBrainConfig
 from .errors import InputError
 from .mixers import Projection
 from .spiking import SpikeEncoder, SpikingLinear
-from .state import LayerState, StateCache, StateSpec, first_states
+from .state import LayerState, StateCache, StateSpec
 
 
 class MixerBlock(nn.Module):
@@ -204,14 +204,16 @@ class SpikingBrainModel(SpikingBrainPreTrainedModel):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         cache = past_key_values
         if cache is None and use_cache and cu_seqlens is None:
-            cache = StateCache(first_states(self.state_specs(), rows, hidden.device), rows, hidden.device)
+            cache = StateCache(self.state_specs())
+        if cache is not None:
+            cache.begin(rows, hidden.device)
         mask = _token_mask(attention_mask, columns)
         if position_ids is None:
             position_ids = _positions(hidden, cache, mask, cu_seqlens)
         states = None if cache is None else cache.states
         trace, states = self.step(hidden, states, positions=position_ids, cu_seqlens=cu_seqlens, mask=mask)
         if cache is not None:
-            cache.advance(states, torch.tensor(columns) if mask is None else mask.sum(1), columns)
+            cache.advance(states, columns if mask is None else mask.sum(1), columns)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=trace[-1],
@@ -253,8 +255,14 @@ class SpikingBrainForCausalLM(SpikingBrainPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """`generate` leaves the cache to us: forward makes it."""
+        """`generate` is not to make a cache of keys and values."""
         return False
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:  # type: ignore[override]
+        """Give `generate` our cache where it asked for one and was given none."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = StateCache(self.state_specs())
 
     @property
     def is_constant_memory(self) -> bool:

@@ -96,17 +96,28 @@ class StateCache(Cache):
     `num_tokens [B]` counts each row's real tokens, padding left out; `get_seq_length` counts columns, padding included.
     """
 
-    def __init__(self, states: list[LayerState], rows: int, device: torch.device | str):
+    def __init__(self, specs: list[list[StateSpec]]):
         super().__init__(layers=[])
-        self.states: list[dict[str, Any]] = states
-        self.num_tokens = torch.zeros(rows, dtype=torch.long, device=device)
-        self._length = 0
+        self._specs = specs
+        self.states: list[dict[str, Any]] = []
+        self.reset()
 
-    def advance(self, states: list[LayerState], num_tokens: Tensor, columns: int) -> None:
+    def begin(self, rows: int, device: torch.device | str) -> None:
+        """Make the first states of a batch, unless they are there already."""
+        if not self.states:
+            self.states = first_states(self._specs, rows, device)
+            self.num_tokens = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def advance(self, states: list[LayerState], num_tokens: Tensor | int, columns: int) -> None:
         """Store the states after `num_tokens [B]` more real tokens, in `columns` more columns."""
         self.states = states
         self.num_tokens = self.num_tokens + num_tokens
         self._length += columns
+
+    def reset(self) -> None:
+        self.states = []
+        self.num_tokens = torch.zeros(0, dtype=torch.long)
+        self._length = 0
 
     @property
     def nbytes(self) -> int:
@@ -120,14 +131,14 @@ class StateCache(Cache):
         return -1
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self._specs)
 
     def __repr__(self) -> str:
-        return f"StateCache({len(self.states)} layers, {self.batch_size} rows, {self._length} columns)"
+        return f"StateCache({len(self)} layers, {len(self.num_tokens)} rows, {self._length} columns)"
 
     @property
     def batch_size(self) -> int:
-        return len(self.num_tokens)
+        return len(self.num_tokens) if self.states else -1
 
     @property
     def is_compileable(self) -> bool:
@@ -135,7 +146,7 @@ class StateCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return True
+        return bool(self.states)
 
     @property
     def is_croppable(self) -> bool:
@@ -149,13 +160,8 @@ class StateCache(Cache):
         self.batch_select_indices(beam_idx.to(self.num_tokens.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = torch.arange(self.batch_size, device=self.num_tokens.device)
+        rows = torch.arange(len(self.num_tokens), device=self.num_tokens.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
-
-    def reset(self) -> None:
-        self.states = [{name: torch.zeros_like(tensor) for name, tensor in layer.items()} for layer in self.states]
-        self.num_tokens = torch.zeros_like(self.num_tokens)
-        self._length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: a recurrent state cannot forget its last tokens."""

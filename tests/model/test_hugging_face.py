@@ -88,11 +88,11 @@ def test_loss_is_that_of_the_next_token_and_ends_at_a_document():
     model, ids = tiny_model(["gla"]), tokens(1, 10)
     logits = model(ids).logits
     expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
-    assert relative_rms(model(ids, labels=ids).loss, expected) < 1e-12
+    assert relative_rms(model(ids, labels=ids).loss, expected) < 1e-6
     cu_seqlens = torch.tensor([0, 4, 10])
     packed = model(ids, labels=ids, cu_seqlens=cu_seqlens).loss
     parts = [model(ids[:, a:b], labels=ids[:, a:b]).loss * (b - a - 1) for a, b in ((0, 4), (4, 10))]
-    assert relative_rms(packed, sum(parts) / 8) < 1e-12
+    assert relative_rms(packed, sum(parts) / 8) < 1e-6
 
 
 def test_auto_classes_make_the_model_from_its_config():
