@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .errors import InputError
 from .files import read_json
@@ -37,7 +37,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         raise InputError(f"{path}/config.json ({keys.get('model_type')}): {_one_line(error)}") from None
 
 
-def load_model(path: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_model(path: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     """The causal language model of a directory, in evaluation mode; all its tensors checked."""
     load_config(path)
     Shards(path)
