@@ -27,7 +27,7 @@ def test_doctor_says_which_backend_serves_which_op():
     "args",
     [
         ["convert", "nowhere", "out"],
-        ["eval", "nowhere", "--text", "."],
+        ["eval", "nowhere", "--text", __file__],
         ["spike", "nowhere", "out"],
         ["serve", "nowhere"],
         ["train", "nowhere.yaml"],

@@ -1,0 +1,1 @@
+"""Subcommands of `spikingbrain`, one module each."""

@@ -1,0 +1,113 @@
+"""`spikingbrain serve` as a process: when it is ready, how it ends, what it refuses."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from http.client import HTTPResponse
+
+import pytest
+
+MAIN = "from spikingbrain.cli import main; raise SystemExit(main())"
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, "serve", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until_ready(process: subprocess.Popen) -> str:
+    """The address in the line that says it is ready."""
+    for line in process.stderr:
+        found = re.search(r"serving tiny on (http://127\.0\.0\.1:\d+)", line)
+        if found:
+            return found.group(1)
+    raise AssertionError(f"the server ended with {process.wait()} before it was ready")
+
+
+def begin(url: str, num_tokens: int) -> HTTPResponse:
+    """A stream of which the first event has come."""
+    options = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
+    body = json.dumps({"prompt": "a", "max_tokens": num_tokens, **options}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    stream = urllib.request.urlopen(request, timeout=60)
+    assert stream.readline().startswith(b"data: {")
+    return stream
+
+
+def finish(stream: HTTPResponse) -> tuple[str, int]:
+    """Read to the end: the reason why it ended and the number of tokens."""
+    with stream:
+        *_, last, usage, done = stream.read().decode().split("\n\n")[:-1]
+    assert done == "data: [DONE]"
+    reason = json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"]
+    return reason, json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"]
+
+
+def wait_until_refused(url: str) -> None:
+    port = int(url.rpartition(":")[2])
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the server still takes connections")
+
+
+@pytest.fixture
+def serve():
+    processes: list[subprocess.Popen] = []
+
+    def run(*arguments: object) -> tuple[subprocess.Popen, str]:
+        processes.append(start(*arguments, "--port", 0))
+        return processes[-1], wait_until_ready(processes[-1])
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_lets_running_requests_finish_refuses_others_and_exits_with_0(serve, model_dir):
+    process, url = serve(model_dir, "--max-model-len", 5000, "--served-model-name", "tiny")
+    stream = begin(url, 600)
+    process.send_signal(signal.SIGTERM)
+    wait_until_refused(url)
+    assert finish(stream) == ("length", 600)
+    assert process.wait(10) == 0
+
+
+def test_ctrl_c_aborts_what_outlasts_the_timeout_and_exits_with_130(serve, model_dir):
+    process, url = serve(model_dir, "--max-model-len", 200_000, "--shutdown-timeout", 0.2)
+    stream = begin(url, 100_000)
+    process.send_signal(signal.SIGINT)
+    reason, num_tokens = finish(stream)
+    assert reason == "abort"
+    assert 0 < num_tokens < 100_000
+    assert process.wait(10) == 130
+    assert process.stderr.read().rstrip().splitlines()[-1] == "interrupted"
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_2_before_the_model_is_read(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start(tmp_path, "--port", port)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors == f"error: cannot listen on 127.0.0.1:{port}: the port is in use\n"
+
+
+def test_a_directory_without_a_model_is_one_line_and_exit_code_2(tmp_path):
+    process = start(tmp_path, "--port", 0)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (2, f"error: {tmp_path}/config.json does not exist\n")

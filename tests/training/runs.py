@@ -1,0 +1,62 @@
+"""What tests do inside a rank and read from a run's directory."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spikingbrain_training import train as training
+from spikingbrain_training.config import TrainConfig
+from spikingbrain_training.run import begin_run
+
+from .harness import run_ranks
+
+
+def train(ranks: int, config: TrainConfig) -> str:
+    """The run of `config` from wherever it is, on so many ranks; returns the line that it began with."""
+    said = begin_run(config)
+    run_ranks(ranks, training.train, config)
+    return said
+
+
+def train_until_killed(ranks: int, config: TrainConfig, step: int) -> None:
+    """As `train`, but every rank is killed before `step` (from 0) begins."""
+    begin_run(config)
+    run_ranks(ranks, _train_until_killed, config, step)
+
+
+def _train_until_killed(config: TrainConfig, step: int) -> None:
+    original = training.train_step
+
+    def train_step(*args: Any) -> Any:
+        if step in args:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    training.train_step = train_step
+    training.train(config)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each step; every step stands once and in order."""
+    assert [row["step"] for row in rows(run)] == list(range(1, len(rows(run)) + 1))
+    return [row["loss"] for row in rows(run)]
+
+
+def checkpoint(run: Path, step: int) -> dict[str, Tensor]:
+    """The tensors of a checkpoint."""
+    return load_file(run / "checkpoints" / f"step-{step}" / "state.safetensors")
+
+
+def tensors(model: Path) -> dict[str, Tensor]:
+    """The tensors of a model's directory."""
+    return load_file(model / "model.safetensors")

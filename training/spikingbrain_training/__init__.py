@@ -1,0 +1,1 @@
+"""Training: data, stages of the recipe, DeepSpeed, checkpoints, metrics."""

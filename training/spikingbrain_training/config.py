@@ -1,0 +1,150 @@
+"""One run is one YAML file: typed, frozen, every key known."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spikingbrain.errors import InputError
+
+
+class Group(BaseModel):
+    """A part of the config; unknown keys are errors and nothing changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Group):
+    """`init_from`: a model directory, or a config .json to start from scratch. `tokenizer`: a directory to copy."""
+
+    init_from: Path
+    tokenizer: Path | None = None
+
+
+class Data(Group):
+    """`path`: what `spikingbrain data build` wrote."""
+
+    path: Path
+    sequence_length: int = Field(gt=0)
+
+
+class Batch(Group):
+    """Sequences a step over all processes, and sequences a process holds at once; the rest is accumulated."""
+
+    sequences: int = Field(gt=0)
+    micro: int = Field(gt=0)
+
+
+class Optim(Group):
+    """AdamW. `new_lr`: learning rate of the parameters that conversion added. `gradient_clipping` 0 is off.
+
+    The rate rises over `warmup_steps`, then stays or falls along a cosine to `final_fraction` of its peak.
+    """
+
+    lr: float = Field(gt=0)
+    new_lr: float | None = Field(default=None, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay: Literal["cosine", "constant"] = "cosine"
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    gradient_clipping: float = Field(default=1.0, ge=0)
+
+
+class Loss(Group):
+    """With a teacher: KL at `temperature`, plus `ce_weight` times the cross entropy of the text."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    ce_weight: float = Field(default=0.0, ge=0)
+
+
+class Parallel(Group):
+    """Processes on this machine (a launcher's world size wins) and DeepSpeed's ZeRO stage."""
+
+    processes: int = Field(default=1, gt=0)
+    zero: Literal[0, 1, 2, 3] = 1
+
+
+class Checkpoint(Group):
+    """Every how many steps, and how many are kept."""
+
+    every: int = Field(default=100, gt=0)
+    keep: int = Field(default=2, gt=0)
+
+
+class TrainConfig(Group):
+    """A complete run. `out` holds its checkpoints, metrics and, at the end, the model."""
+
+    out: Path
+    stage: Literal["pretrain", "distil", "spike"]
+    model: Model
+    data: Data
+    batch: Batch
+    optim: Optim
+    steps: int = Field(gt=0)
+    seed: int = 0
+    teacher: Path | None = None
+    spiking: dict[str, Any] | None = None
+    loss: Loss = Loss()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.stage == "distil" and self.teacher is None:
+            raise ValueError("stage distil needs a teacher")
+        if self.stage == "pretrain" and self.teacher is not None:
+            raise ValueError("stage pretrain has no teacher; choose distil or spike")
+        if (self.stage == "spike") != (self.spiking is not None):
+            raise ValueError("spiking belongs to stage spike, and stage spike needs it")
+        return self
+
+    def accumulation(self, processes: int) -> int:
+        """Micro batches a step on each of `processes`; raises `InputError` if they do not divide the batch."""
+        at_once = self.batch.micro * processes
+        if self.batch.sequences % at_once:
+            raise InputError(
+                f"batch.sequences {self.batch.sequences} is no multiple of {processes} x {self.batch.micro}"
+            )
+        return self.batch.sequences // at_once
+
+
+def load_train_config(path: str | Path, overrides: list[str]) -> TrainConfig:
+    """Read `path`, apply `a.b=c` settings; raises `InputError` naming what is wrong and the keys there are."""
+    try:
+        keys = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(keys, dict):
+        raise InputError(f"{path} holds no settings")
+    for override in overrides:
+        _override(keys, override)
+    try:
+        return TrainConfig.model_validate(keys)
+    except ValidationError as error:
+        raise InputError(f"{path}: " + "; ".join(_describe(problem) for problem in error.errors())) from None
+
+
+def _override(keys: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals:
+        raise InputError(f"{override!r} is no setting; write a.b=c")
+    *groups, last = name.split(".")
+    for group in groups:
+        keys = keys.setdefault(group, {})
+        if not isinstance(keys, dict):
+            raise InputError(f"{override!r}: {group} is no group of settings")
+    keys[last] = yaml.safe_load(value)
+
+
+def _describe(problem: Any) -> str:
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem['msg']}" if place else problem["msg"].removeprefix("Value error, ")
+    group: Any = TrainConfig
+    for name in problem["loc"][:-1]:
+        group = group.model_fields[name].annotation
+    return f"unknown key {place}; there are {', '.join(group.model_fields)}"

@@ -1,0 +1,206 @@
+"""Everything DeepSpeed: the process group, the engine with every option written out, and access to its parts."""
+
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spikingbrain.errors import InputError
+from spikingbrain.files import read_json
+
+from .config import Optim, TrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+TIMEOUT = timedelta(minutes=30)
+
+
+class World(NamedTuple):
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start(out: Path) -> World:
+    """Join the process group (gloo on CPU, nccl on GPU) of the launcher, or make one of this process alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if size == 1:
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+    deepspeed = _import_deepspeed(out, gpu)
+    deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=TIMEOUT, verbose=False)
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    return World(int(os.environ["RANK"]), size, device)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _import_deepspeed(out: Path, gpu: bool) -> Any:
+    """DeepSpeed without just-in-time builds: they need a compiler, and a killed one leaves a lock that hangs others."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(out / "extensions")
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import logging
+    import warnings
+
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls torch's collectives by their former names, several times a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's settings; those whose defaults surprise (clipping at 1, its own Adam) are written out."""
+    return {
+        "train_batch_size": config.batch.sequences,
+        "train_micro_batch_size_per_gpu": config.batch.micro,
+        "gradient_accumulation_steps": config.accumulation(world_size),
+        "gradient_clipping": config.optim.gradient_clipping,
+        "zero_optimization": {"stage": config.parallel.zero, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def make_engine(model: nn.Module, config: TrainConfig, world: World, step: int) -> Any:
+    """The DeepSpeed engine around `model`, with torch's own AdamW, as after `step` steps with moments of zero."""
+    import deepspeed
+
+    groups = parameter_groups(model, config.optim, new_parameters(config.model.init_from))
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
+    engine, *_ = deepspeed.initialize(
+        model=model.to(world.device),
+        optimizer=optimizer,
+        config=deepspeed_config(config, world.size),
+        dist_init_required=False,
+    )
+    _prepare_state(engine, step)
+    return engine
+
+
+def new_parameters(source: Path) -> set[str]:
+    """Names of the parameters that conversion added; none where the model was not converted."""
+    report = source / "conversion.json"
+    return set(read_json(report)["new_parameters"]) if report.exists() else set()
+
+
+def parameter_groups(model: nn.Module, optim: Optim, new: set[str]) -> list[dict[str, Any]]:
+    """Groups by learning rate and weight decay (matrices decay, vectors do not); each keeps its peak rate."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rate = optim.new_lr if optim.new_lr and name in new else optim.lr
+        decay = optim.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def take_step(engine: Any) -> float | None:
+    """End a micro batch; after a step's last one returns the norm that the gradients had before clipping."""
+    norm = None
+    if not engine.zero_optimization() and engine.is_gradient_accumulation_boundary():
+        # DeepSpeed without ZeRO keeps this to itself.
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return None if norm is None else float(norm)
+
+
+def total(world: World, *values: float) -> list[float]:
+    """The sums of `values` over all processes."""
+    sums = torch.tensor(values, dtype=torch.float64, device=world.device)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def on_first_rank(world: World, work: Callable[[], None]) -> None:
+    """Rank 0 does `work()`; all raise what it met, a full disk say, so that none waits for a process that is gone."""
+    outcome: list[OSError | InputError | None] = [None]
+    if world.rank == 0:
+        try:
+            work()
+        except (OSError, InputError) as error:
+            outcome = [error]
+    torch.distributed.broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def parameters(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's parameters by name, tied ones once."""
+    yield from engine.module.named_parameters()
+
+
+def gather_state(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The fp32 master and both moments of one parameter, whole; every process must call it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if not engine.zero_optimization():
+        state = engine.optimizer.state[parameter]
+        return {"master": parameter.detach(), **{name: state[name] for name in MOMENTS}}
+    moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+    return {"master": safe_get_full_fp32_param(parameter), **moments}
+
+
+def scatter_state(engine: Any, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+    """Write back what `gather_state` gave, each process its part."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if not engine.zero_optimization():
+        parameter.data.copy_(state["master"])
+        for name in MOMENTS:
+            engine.optimizer.state[parameter][name].copy_(state[name])
+        return
+    safe_set_full_fp32_param(parameter, state["master"])
+    for name in MOMENTS:
+        safe_set_full_optimizer_state(parameter, state[name], name)
+
+
+def _prepare_state(engine: Any, step: int) -> None:
+    """Give Adam its moments and step count before its first step.
+
+    DeepSpeed would connect parameters to moments after the first parameter group's first step, when the other groups
+    have none yet, and never again.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for master in _masters(engine, optimizer):
+        optimizer.state[master] = {
+            "step": torch.tensor(float(step)),
+            **{name: torch.zeros_like(master, dtype=torch.float32) for name in MOMENTS},
+        }
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _masters(engine: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors the inner optimizer steps on: ZeRO's flat partitions, or the parameters."""
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+        if hasattr(engine.optimizer, name):
+            return list(getattr(engine.optimizer, name))
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,77 @@
+"""A run's directory: whether a config may begin or go on there, and whether all that it reads can be read."""
+
+from pathlib import Path
+from typing import Any
+
+from spikingbrain.checkpoint import Shards, load_config, load_tokenizer
+from spikingbrain.errors import InputError
+from spikingbrain.files import read_json, write_json
+
+from . import checkpoint
+from .config import TrainConfig
+from .data import TokenDataset
+from .distributed import new_parameters
+from .stages import student_config
+
+CONFIG, MODEL = "config.json", "model"
+# What says where and on how many processes a run computes, not what.
+LAYOUT = ("out", "parallel.processes", "parallel.zero", "batch.micro", "checkpoint.every", "checkpoint.keep")
+
+
+def begin_run(config: TrainConfig) -> str:
+    """Make or accept the run directory; returns a line about what goes on.
+
+    Raises `InputError`, having written nothing, if the directory holds a run with other settings (naming the keys) or
+    something else, or if the run could not read its inputs.
+    """
+    if (config.out / CONFIG).exists():
+        _require_same(config)
+    elif config.out.exists() and any(config.out.iterdir()):
+        raise InputError(f"{config.out} is not empty and holds no run; choose another out")
+    if (config.out / MODEL).exists():
+        return f"{config.out}: finished before, model in {config.out / MODEL}"
+    check_inputs(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / CONFIG, config.model_dump(mode="json"))
+    step, complaints = checkpoint.newest_good(config.out)
+    checkpoint.discard_newer(config.out, step)
+    return "; ".join([f"{config.out}: from step {step} to {config.steps}", *complaints])
+
+
+def _require_same(config: TrainConfig) -> None:
+    ours, theirs = _flat(config.model_dump(mode="json")), _flat(read_json(config.out / CONFIG))
+    different = sorted(key for key in {*ours, *theirs} if key not in LAYOUT and ours.get(key) != theirs.get(key))
+    if different:
+        raise InputError(f"{config.out} holds a run with another {', '.join(different)}; choose another out")
+
+
+def _flat(keys: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in keys.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Open all that the run will read: what is wrong is said once, before processes start and anything is written."""
+    vocabulary = student_config(config).vocab_size
+    source = config.model.init_from
+    for path in (source, config.teacher):
+        if path and path.is_dir():
+            Shards(path)
+    if config.model.tokenizer:
+        load_tokenizer(config.model.tokenizer)
+    if config.optim.new_lr and not new_parameters(source):
+        raise InputError(f"optim.new_lr is set, but no conversion.json in {source} names new parameters")
+    if config.teacher:
+        _require_vocabulary(config.teacher, vocabulary)
+    dataset = TokenDataset(config.data.path, config.data.sequence_length, config.seed, checksums=True)
+    if dataset.index["vocabulary"] > vocabulary:
+        known = dataset.index["vocabulary"]
+        raise InputError(f"{config.data.path} was built with {known} tokens, the model knows {vocabulary}")
+
+
+def _require_vocabulary(teacher: Path, vocabulary: int) -> None:
+    known = load_config(teacher).vocab_size
+    if known != vocabulary:
+        raise InputError(f"the teacher {teacher} knows {known} tokens, the student {vocabulary}")
