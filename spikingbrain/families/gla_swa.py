@@ -22,7 +22,7 @@ FIXED = {
 }
 IMPLIED = {"qkv_bias": True, "gate": GATE_DEFAULTS}
 OWN = {"mixers", "channel_mixers", "head_dim", "hidden_act", "rope_parameters", "spiking", *IMPLIED, *RENAMED}
-OWN |= {"o_bias", "mlp_bias", "qk_norm", "num_sinks"}
+OWN |= {"o_bias", "mlp_bias", "qk_norm", "num_sinks", "moe"}
 
 NAMES = [
     (r"embeddings\.", "embed_tokens."),
@@ -67,6 +67,7 @@ class GLAswaConfig(FamilyConfig):
             "qk_norm": False,
             "spiking": None,
             "num_sinks": 0,
+            "moe": None,
         }
         wanted |= {"head_dim": self.hidden_size // self.num_attention_heads, "o_bias": False, "mlp_bias": False}
         wrong = [name for name, value in wanted.items() if getattr(self, name) != value]
