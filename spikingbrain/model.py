@@ -77,15 +77,16 @@ class MixerBlock(nn.Module):
 
     def forward(self, hidden: Tensor, state: LayerState, **context: Any) -> tuple[Tensor, LayerState]:
         """`hidden [B, T, D]` -> `[B, T, D]` and the new state."""
-        p = self._project({"hidden": hidden}, mixed=False)
+        p = {"hidden": hidden, **self._project({"hidden": hidden}, mixed=False)}
         outputs, after = [], {}
         for name in self.names:
             own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
             output, own = self._mixer(name).mix(p, own, **context)
             outputs.append(output)
             after.update({f"{name}.{key}": value for key, value in own.items()})
-        back = self._project({"mixed": self._merge(outputs)}, mixed=True)
-        return next(iter(back.values())), after
+        mixed = self._merge(outputs)
+        back = self._project({"mixed": mixed}, mixed=True)
+        return next(iter(back.values()), mixed), after
 
     def _merge(self, outputs: list[Tensor]) -> Tensor:
         if len(outputs) == 1:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .layout import Blocks, Documents, blocks, documents, gather, scatter
 
@@ -84,6 +84,7 @@ def window_attention(
     window: int,
     positions: Tensor,
     scale: float,
+    sinks: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
@@ -102,6 +103,9 @@ def window_attention(
     # A query past its document's end sees itself, so that no row is empty.
     visible = (distance >= 0) & (distance < window) & (place >= 0)[:, None] | (distance == 0)
     keys, values = (gather(_stream(x, state, i), place).transpose(1, 2) for i, x in enumerate((k, v)))
+    if sinks is not None:
+        keys, values = (_with_sinks(x, sinks[:, i]) for i, x in enumerate((keys, values)))
+        visible = pad(visible, (len(sinks), 0), value=True)
     out = _attend(gather(q.flatten(0, 1), layout.tokens), keys, values, visible, scale)
     return scatter(out, layout.tokens, batch * length), _remember(k, v, docs, first, state)
 
@@ -125,6 +129,11 @@ def _key_places(
     position = first[document] + relative
     stored = (relative < 0) & (relative >= -capacity) & (position >= 0)
     return torch.where(stored, num_tokens + document * capacity + position % capacity, place)
+
+
+def _with_sinks(x: Tensor, sinks: Tensor) -> Tensor:
+    """`sinks [S, H_kv, D]` before the keys or values `[M, H_kv, N, D]` of every block."""
+    return torch.cat([sinks.to(x.dtype).transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:

@@ -72,6 +72,7 @@ def window_attention(
     window: int,
     positions: Tensor,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     state: Tensor | Slots | None = None,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
@@ -81,11 +82,14 @@ def window_attention(
 
     `positions [B, T]`: each token's index in its document. `state [B or D, capacity, 2, H_kv, D]`: a ring in which the
     token at position p lies in place p mod capacity (capacity >= window, or >= the length for attention over
-    everything). Without a state nothing came before and none is returned. Raises ValueError for shapes that do not fit.
+    everything). Without a state nothing came before and none is returned. `sinks [S, 2, H_kv, D]`: keys and values that
+    every query sees besides (arXiv 2509.05276, section 2.2). Raises ValueError for shapes that do not fit.
     """
     _check_heads(q, k, v)
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    if sinks is not None and sinks.shape[1:] != (2, *k.shape[2:]):
+        raise ValueError(f"sinks {tuple(sinks.shape)} must be [S, 2, {k.shape[2]}, {k.shape[3]}]")
     run = resolve("window_attention", backend, q.device.type)
     out, state = run(
         q,
@@ -94,6 +98,7 @@ def window_attention(
         window=window,
         positions=positions.expand(q.shape[:2]),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        sinks=sinks,
         state=state,
         cu_seqlens=cu_seqlens,
         mask=mask,

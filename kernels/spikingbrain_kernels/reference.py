@@ -45,11 +45,12 @@ def window_attention(
     window: int,
     positions: Tensor,
     scale: float,
+    sinks: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of each token over itself and the `window - 1` tokens before it in its document.
+    """Softmax attention of each token over the sinks, itself and the `window - 1` tokens before it in its document.
 
     `state [D, capacity, 2, H_kv, V]` is a ring: the token at position p lies in place p mod capacity.
     """
@@ -67,6 +68,7 @@ def window_attention(
             p = position[t]
             ring[p] = torch.stack([k[t], v[t]])
             visible = torch.stack([ring[i] for i in range(max(0, p - window + 1), p + 1) if i in ring])
+            visible = visible if sinks is None else torch.cat([sinks.to(k.dtype), visible])
             keys, values = visible.repeat_interleave(groups, dim=2).unbind(1)
             weights = torch.softmax(scale * torch.einsum("hk,nhk->hn", q[t], keys), dim=-1)
             out = out.index_put((torch.tensor(t),), torch.einsum("hn,nhv->hv", weights, values))

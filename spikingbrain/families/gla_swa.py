@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..config import GATE_DEFAULTS
 from ..errors import InputError
 from ..model import SpikingBrainForCausalLM
 from . import FamilyConfig
@@ -19,9 +20,9 @@ FIXED = {
     "fuse_cross_entropy": True,
     "use_short_conv": False,
 }
-IMPLIED = {"qkv_bias": True, "gate": {"rank": 16, "normalizer": 16.0, "feature_map": "relu"}}
+IMPLIED = {"qkv_bias": True, "gate": GATE_DEFAULTS}
 OWN = {"mixers", "channel_mixers", "head_dim", "hidden_act", "rope_parameters", "spiking", *IMPLIED, *RENAMED}
-OWN |= {"o_bias", "mlp_bias", "qk_norm"}
+OWN |= {"o_bias", "mlp_bias", "qk_norm", "num_sinks", "moe"}
 
 NAMES = [
     (r"embeddings\.", "embed_tokens."),
@@ -60,7 +61,14 @@ class GLAswaConfig(FamilyConfig):
 
     def to_family(self, keys: dict[str, Any]) -> dict[str, Any]:
         """Raises `InputError` where layers, biases, gate or spikes differ from SpikingBrain-7B's."""
-        wanted = {**IMPLIED, "mixers": pattern(self.num_hidden_layers), "qk_norm": False, "spiking": None}
+        wanted = {
+            **IMPLIED,
+            "mixers": pattern(self.num_hidden_layers),
+            "qk_norm": False,
+            "spiking": None,
+            "num_sinks": 0,
+            "moe": None,
+        }
         wanted |= {"head_dim": self.hidden_size // self.num_attention_heads, "o_bias": False, "mlp_bias": False}
         wrong = [name for name, value in wanted.items() if getattr(self, name) != value]
         if wrong:

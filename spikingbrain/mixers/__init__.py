@@ -53,7 +53,11 @@ class MixerContract(Protocol):
         cu_seqlens: Tensor | None,
         mask: Tensor | None,
     ) -> tuple[Tensor, LayerState]:
-        """Projected tensors `[B, T, out]` -> `[B, T, H * V]` and the new state; an empty state: nothing came before."""
+        """Projected tensors `[B, T, out]` -> `[B, T, H * V]` and the new state; an empty state: nothing came before.
+
+        `p` also holds what the projections read, "hidden" `[B, T, D]`. Where none reads "mixed", the result is the
+        block's output `[B, T, D]`.
+        """
 
     @staticmethod
     def init_from_attention(tensors: dict[str, Tensor], config: Any, generator: torch.Generator) -> dict[str, Tensor]:
