@@ -1,5 +1,7 @@
 """Reading model directories: every way they can be wrong becomes one `InputError` that names the file."""
 
+import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,29 @@ class Shards:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
+
+
+class PickledTensors:
+    """A `.pth` file that holds a plain dict of tensors, read without running anything a pickle may ask for.
+
+    Raises `InputError` for a file that is missing, damaged, or holds anything else.
+    """
+
+    def __init__(self, path: str | Path):
+        if not Path(path).is_file():
+            raise InputError(f"{path} does not exist")
+        try:
+            # Only the zip format can be mapped; the old one has to be read whole.
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            raise InputError(f"{path} is damaged, or holds more than tensors: {_one_line(error)}") from None
+        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise InputError(f"{path} does not hold a plain dict of tensors")
+        self._tensors = tensors
+
+    def get(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)

@@ -1,11 +1,12 @@
 """SpikingBrain-7B, base and chat (arXiv 2509.05276): linear attention on even layers, a sliding window on odd ones."""
 
+from pathlib import Path
 from typing import Any
 
 from ..config import GATE_DEFAULTS
 from ..errors import InputError
 from ..model import SpikingBrainForCausalLM
-from . import FamilyConfig
+from . import FamilyConfig, Released, has_model_type, read_directory
 
 MODEL_TYPE = "gla_swa"
 
@@ -87,3 +88,18 @@ class GLAswaForCausalLM(SpikingBrainForCausalLM):
 
 
 Config, ForCausalLM = GLAswaConfig, GLAswaForCausalLM
+
+
+def recognises(path: Path) -> bool:
+    """A directory that says so."""
+    return has_model_type(path, MODEL_TYPE)
+
+
+def read(path: Path) -> Released:
+    """Open a released directory."""
+    return read_directory(path)
+
+
+def write(model: GLAswaForCausalLM, directory: Path) -> None:
+    """config.json and safetensors."""
+    model.save_pretrained(directory)
