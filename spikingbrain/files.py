@@ -12,7 +12,8 @@ from typing import Any
 from .errors import InputError
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,12 +42,12 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         for child in sorted(partial.rglob("*")):
-            _fsync(child)
+            sync(child)
         partial.chmod(0o755)
         if path.is_dir():
             path.rmdir()
         partial.rename(path)
-        _fsync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -56,7 +57,7 @@ def write_json(path: str | Path, value: Any) -> None:
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(json.dumps(value, indent=2) + "\n")
-    _fsync(aside)
+    sync(aside)
     aside.replace(path)
 
 

@@ -2,13 +2,14 @@
 
 from .backends import BACKENDS, OPS, Backend, BackendError, backends, state_dtype
 from .ops import gated_linear, gated_linear_step_, window_attention, window_attention_step_
-from .slots import Slots, make_slots
+from .slots import Carrier, Slots, make_slots
 
 __all__ = [
     "BACKENDS",
     "OPS",
     "Backend",
     "BackendError",
+    "Carrier",
     "Slots",
     "backends",
     "gated_linear",

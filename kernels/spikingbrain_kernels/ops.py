@@ -10,26 +10,41 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec
 
+import torch
 from torch import Tensor
 
 from .backends import resolve, state_dtype
-from .slots import Slots
+from .slots import Carrier, Slots
 
 P = ParamSpec("P")
 
 
 def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
-    """Let `state` be `Slots`: read the rows, run the op, write the rows back, return the same slots as new state."""
+    """Let `state` be `Slots`: read the rows, run the op, write the rows back, return the same slots as new state.
+
+    A state that is a `Carrier` runs the op itself. Under autocast an op computes in the types it is given: decays and
+    states are fp32 for a reason.
+    """
 
     @wraps(op)
-    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> Any:
         slots = kwargs.get("state")
+        if isinstance(slots, Carrier):
+            return slots.carry(op, *args, **{**kwargs, "state": None})
         if not isinstance(slots, Slots):
             return op(*args, **kwargs)
         kwargs["state"] = slots.read()
         out, rows = op(*args, **kwargs)
         slots.write_(rows)
         return out, slots
+
+    @wraps(op)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
+        device = args[0].device.type  # type: ignore[attr-defined]
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return run(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return run(*args, **kwargs)
 
     return call
 
@@ -92,8 +107,8 @@ def window_attention(
         raise ValueError(f"sinks {tuple(sinks.shape)} must be [S, 2, {k.shape[2]}, {k.shape[3]}]")
     run = resolve("window_attention", backend, q.device.type)
     out, state = run(
-        q,
-        k,
+        q.to(v.dtype),
+        k.to(v.dtype),
         v,
         window=window,
         positions=positions.expand(q.shape[:2]),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spikingbrain_training import train as training
+from spikingbrain_training.checkpoint import PARTS, Reader
 from spikingbrain_training.config import TrainConfig
 from spikingbrain_training.run import begin_run
 
@@ -53,8 +54,9 @@ def losses(run: Path) -> list[float]:
 
 
 def checkpoint(run: Path, step: int) -> dict[str, Tensor]:
-    """The tensors of a checkpoint."""
-    return load_file(run / "checkpoints" / f"step-{step}" / "state.safetensors")
+    """The tensors of a checkpoint, whole."""
+    reader = Reader(run, step)
+    return {f"{part}/{name}": reader.whole(part, name) for name in reader.shapes for part in PARTS}
 
 
 def tensors(model: Path) -> dict[str, Tensor]:

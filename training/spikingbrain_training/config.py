@@ -22,11 +22,29 @@ class Model(Group):
     tokenizer: Path | None = None
 
 
-class Data(Group):
-    """`path`: what `spikingbrain data build` wrote."""
+class Source(Group):
+    """One of several shards, and its weight among them."""
 
     path: Path
+    weight: float = Field(default=1.0, gt=0)
+
+
+class Data(Group):
+    """`path`: what `spikingbrain data build` wrote, or `sources`: several with weights.
+
+    `packing`: "stream" fills every sequence to the end; "whole" cuts no document that fits into one.
+    """
+
+    path: Path | None = None
+    sources: list[Source] | None = None
     sequence_length: int = Field(gt=0)
+    packing: Literal["stream", "whole"] = "stream"
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if (self.path is None) == (not self.sources):
+            raise ValueError("data needs either path or sources")
+        return self
 
 
 class Batch(Group):
@@ -60,21 +78,40 @@ class Loss(Group):
 
 
 class Parallel(Group):
-    """Processes on this machine (a launcher's world size wins) and DeepSpeed's ZeRO stage."""
+    """How a run is laid out; none of it changes what is computed.
+
+    `processes` on this machine (a launcher's world size wins); DeepSpeed's ZeRO stage, `offload_optimizer` to the
+    host's memory, `activation_checkpointing` to compute each layer's activations again in the backward pass.
+    `sequence`: ranks that share each sequence; `scan`: how the states of linear layers pass between them.
+    """
 
     processes: int = Field(default=1, gt=0)
     zero: Literal[0, 1, 2, 3] = 1
+    sequence: int = Field(default=1, gt=0)
+    scan: Literal["all_gather", "pipelined"] = "all_gather"
+    offload_optimizer: bool = False
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> Self:
+        if self.offload_optimizer and self.zero == 0:
+            raise ValueError("offload_optimizer needs parallel.zero of at least 1")
+        return self
 
 
 class Checkpoint(Group):
-    """Every how many steps, and how many are kept."""
+    """Every how many steps one is written; the newest `keep` stay, and each at a multiple of `milestones` steps."""
 
     every: int = Field(default=100, gt=0)
     keep: int = Field(default=2, gt=0)
+    milestones: int | None = Field(default=None, gt=0)
 
 
 class TrainConfig(Group):
-    """A complete run. `out` holds its checkpoints, metrics and, at the end, the model."""
+    """A complete run. `out` holds its checkpoints, metrics and, at the end, the model.
+
+    `precision` bf16: matrix products in bf16; parameters (decays and gates too), moments, states and losses stay fp32.
+    """
 
     out: Path
     stage: Literal["pretrain", "distil", "spike"]
@@ -84,6 +121,7 @@ class TrainConfig(Group):
     optim: Optim
     steps: int = Field(gt=0)
     seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
     teacher: Path | None = None
     spiking: dict[str, Any] | None = None
     loss: Loss = Loss()
@@ -102,12 +140,18 @@ class TrainConfig(Group):
 
     def accumulation(self, processes: int) -> int:
         """Micro batches a step on each of `processes`; raises `InputError` if they do not divide the batch."""
-        at_once = self.batch.micro * processes
-        if self.batch.sequences % at_once:
+        shared = self.parallel.sequence
+        if processes % shared:
+            raise InputError(f"{processes} processes are no multiple of parallel.sequence {shared}")
+        tokens = self.batch.micro * self.data.sequence_length
+        if tokens % shared:
+            raise InputError(f"{shared} ranks cannot share {tokens} tokens evenly (batch.micro x sequence_length)")
+        replicas = processes // shared
+        if self.batch.sequences % (self.batch.micro * replicas):
             raise InputError(
-                f"batch.sequences {self.batch.sequences} is no multiple of {processes} x {self.batch.micro}"
+                f"batch.sequences {self.batch.sequences} is no multiple of {replicas} x {self.batch.micro}"
             )
-        return self.batch.sequences // at_once
+        return self.batch.sequences // (self.batch.micro * replicas)
 
 
 def load_train_config(path: str | Path, overrides: list[str]) -> TrainConfig:

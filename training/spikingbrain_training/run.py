@@ -4,18 +4,19 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain.checkpoint import Shards, load_config, load_tokenizer
+from spikingbrain.config import SpikingBrainConfig
 from spikingbrain.errors import InputError
 from spikingbrain.files import read_json, write_json
 
 from . import checkpoint
 from .config import TrainConfig
-from .data import TokenDataset
+from .data import Mixture, open_data
 from .distributed import new_parameters
 from .stages import student_config
 
-CONFIG, MODEL = "config.json", "model"
+CONFIG, MODEL, ARCHITECTURE = "config.json", "model", "architecture"
 # What says where and on how many processes a run computes, not what.
-LAYOUT = ("out", "parallel.processes", "parallel.zero", "batch.micro", "checkpoint.every", "checkpoint.keep")
+LAYOUT = ("out", "batch.micro", "parallel.", "checkpoint.")
 
 
 def begin_run(config: TrainConfig) -> str:
@@ -33,14 +34,16 @@ def begin_run(config: TrainConfig) -> str:
     check_inputs(config)
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / CONFIG, config.model_dump(mode="json"))
+    student_config(config).save_pretrained(config.out / ARCHITECTURE)
     step, complaints = checkpoint.newest_good(config.out)
-    checkpoint.discard_newer(config.out, step)
+    checkpoint.discard_unfinished(config.out, step)
     return "; ".join([f"{config.out}: from step {step} to {config.steps}", *complaints])
 
 
 def _require_same(config: TrainConfig) -> None:
     ours, theirs = _flat(config.model_dump(mode="json")), _flat(read_json(config.out / CONFIG))
-    different = sorted(key for key in {*ours, *theirs} if key not in LAYOUT and ours.get(key) != theirs.get(key))
+    settings = {key for key in {*ours, *theirs} if not key.startswith(LAYOUT)}
+    different = sorted(key for key in settings if ours.get(key) != theirs.get(key))
     if different:
         raise InputError(f"{config.out} holds a run with another {', '.join(different)}; choose another out")
 
@@ -59,16 +62,35 @@ def check_inputs(config: TrainConfig) -> None:
     for path in (source, config.teacher):
         if path and path.is_dir():
             Shards(path)
+    if config.parallel.sequence > 1:
+        _require_pieces(config)
     if config.model.tokenizer:
         load_tokenizer(config.model.tokenizer)
     if config.optim.new_lr and not new_parameters(source):
         raise InputError(f"optim.new_lr is set, but no conversion.json in {source} names new parameters")
     if config.teacher:
         _require_vocabulary(config.teacher, vocabulary)
-    dataset = TokenDataset(config.data.path, config.data.sequence_length, config.seed, checksums=True)
-    if dataset.index["vocabulary"] > vocabulary:
+    _require_known_tokens(config, vocabulary)
+
+
+def _require_known_tokens(config: TrainConfig, vocabulary: int) -> None:
+    samples = open_data(config.data, config.seed, checksums=True)
+    for dataset in samples.datasets if isinstance(samples, Mixture) else [samples]:
         known = dataset.index["vocabulary"]
-        raise InputError(f"{config.data.path} was built with {known} tokens, the model knows {vocabulary}")
+        if known > vocabulary:
+            raise InputError(f"{dataset.path} was built with {known} tokens, the model knows {vocabulary}")
+
+
+def _require_pieces(config: TrainConfig) -> None:
+    """Only our models can read a part of a sequence."""
+    models = {config.model.init_from: student_config(config)}
+    if config.teacher:
+        models[config.teacher] = load_config(config.teacher)
+    for path, known in models.items():
+        if not isinstance(known, SpikingBrainConfig):
+            raise InputError(
+                f"parallel.sequence: {path} is a {known.model_type} model; only ours read parts of sequences"
+            )
 
 
 def _require_vocabulary(teacher: Path, vocabulary: int) -> None:

@@ -13,9 +13,11 @@ from spikingbrain.checkpoint import load_config, load_model
 from spikingbrain.config import SpikingBrainConfig
 from spikingbrain.errors import InputError
 from spikingbrain.files import read_json
+from spikingbrain_kernels import state_dtype
 
 from .config import Loss, TrainConfig
 from .data import IGNORED, Batch
+from .sequence import Piece, StatesAcrossRanks
 
 
 def student_config(config: TrainConfig) -> PreTrainedConfig:
@@ -56,9 +58,17 @@ def make_teacher(path: Path | None) -> Any:
     return None if path is None else load_model(path, torch.float32).requires_grad_(False)
 
 
-def logits(model: Any, batch: Batch) -> Tensor:
-    """`[B * T, vocabulary]`; nothing crosses the edge of a document."""
+def logits(model: Any, batch: Batch | Piece) -> Tensor:
+    """`[B * T, vocabulary]`, or a piece's `[T / P, vocabulary]`; nothing crosses the edge of a document."""
     module = getattr(model, "module", model)
+    if isinstance(batch, Piece):
+        return model(
+            input_ids=batch.batch.inputs,
+            position_ids=batch.batch.positions,
+            cu_seqlens=batch.batch.cu_seqlens,
+            past_key_values=StatesAcrossRanks(module, batch),
+            use_cache=False,
+        ).logits.flatten(0, 1)
     if getattr(module, "supports_cu_seqlens", False):
         packed = batch.inputs.flatten()[None]
         return model(input_ids=packed, cu_seqlens=batch.cu_seqlens, use_cache=False).logits.flatten(0, 1)
@@ -70,20 +80,25 @@ def logits(model: Any, batch: Batch) -> Tensor:
     ).logits.flatten(0, 1)
 
 
-def stage_loss(student: Any, teacher: Any, batch: Batch, loss: Loss) -> Tensor:
+def _exact(values: Tensor) -> Tensor:
+    """In fp32, or fp64 where they are."""
+    return values.to(state_dtype(values.dtype))
+
+
+def stage_loss(student: Any, teacher: Any, batch: Batch | Piece, loss: Loss) -> Tensor:
     """The batch's summed loss in nats: cross entropy, or KL(teacher || student) with cross entropy besides.
 
     KL is at `temperature` t and multiplied by t^2, so that its gradient keeps its size (arXiv 1503.02531).
     """
     labels = batch.labels.flatten()
-    mine = logits(student, batch)
+    mine = _exact(logits(student, batch))
     if teacher is None:
-        return cross_entropy(mine.float(), labels, ignore_index=IGNORED, reduction="sum")
+        return cross_entropy(mine, labels, ignore_index=IGNORED, reduction="sum")
     with torch.no_grad():
-        theirs = log_softmax(logits(teacher, batch).float() / loss.temperature, dim=-1)
+        theirs = log_softmax(_exact(logits(teacher, batch)) / loss.temperature, dim=-1)
     counted = labels != IGNORED
-    ours = log_softmax(mine.float() / loss.temperature, dim=-1)
+    ours = log_softmax(mine / loss.temperature, dim=-1)
     total = kl_div(ours[counted], theirs[counted], reduction="sum", log_target=True) * loss.temperature**2
     if loss.ce_weight:
-        total = total + loss.ce_weight * cross_entropy(mine.float(), labels, ignore_index=IGNORED, reduction="sum")
+        total = total + loss.ce_weight * cross_entropy(mine, labels, ignore_index=IGNORED, reduction="sum")
     return total

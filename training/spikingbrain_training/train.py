@@ -1,23 +1,19 @@
 """The training loop: build, loop, save. Every process runs this."""
 
-import hashlib
-import json
 import math
-import shutil
 import signal
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from spikingbrain.checkpoint import TOKENIZER_FILES
-from spikingbrain.files import new_directory, write_json
-
 from . import checkpoint, distributed
 from .config import Optim, TrainConfig
-from .data import TokenDataset, micro_batches
+from .data import Batch, Samples, micro_batches, open_data
 from .distributed import World
+from .export import export
 from .metrics import Metrics
+from .run import MODEL
+from .sequence import Piece, cut
 from .stages import make_student, make_teacher, stage_loss
 
 
@@ -31,46 +27,52 @@ class Interrupted(Exception):
 
 def train(config: TrainConfig) -> None:
     """Run or resume `config`; leaves the model in `out/model`. Raises `Interrupted` after a signal."""
-    if (config.out / "model").exists():
+    if (config.out / MODEL).exists():
         return
-    world = distributed.start(config.out)
+    world = distributed.start(config.out, config.parallel.sequence)
     stop = StopSignal()
-    dataset = TokenDataset(config.data.path, config.data.sequence_length, config.seed)
+    dataset = open_data(config.data, config.seed)
     student = make_student(config)
     teacher = make_teacher(config.teacher)
-    first, _ = checkpoint.newest_good(config.out)
+    (first,) = distributed.from_first_rank(world, lambda: checkpoint.newest_good(config.out)[:1])
     if first:
         checkpoint.load_weights(student, config.out, first)
     engine = distributed.make_engine(student, config, world, first)
     if first:
-        checkpoint.load(engine, config.out, first)
+        checkpoint.load_moments(engine, world, config.out, first)
+    writer = checkpoint.Writer(config.out, world, config.checkpoint)
     metrics = Metrics(config.out, first, config.steps) if world.rank == 0 else None
     for step in range(first, config.steps):
         row = train_step(engine, teacher, dataset, config, step, world)
         if metrics:
             metrics.write(step + 1, **row)
-        stopped = stop.agreed(world)
+        stopped, writing = distributed.largest(world, stop.number, writer.busy)
+        if writer.pending and not writing:
+            writer.finish()
         if stopped or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-            checkpoint.save(engine, world, config.out, step + 1, config.checkpoint.keep)
+            writer.begin(engine, step + 1)
         if stopped:
+            writer.finish()
             raise Interrupted(stopped)
+    writer.finish()
     if metrics:
         metrics.close()
-    export(engine, config, world)
+    distributed.on_first_rank(world, lambda: export(config.out, config.steps, config.out / MODEL))
 
 
 def train_step(
-    engine: Any, teacher: Any, dataset: TokenDataset, config: TrainConfig, step: int, world: World
+    engine: Any, teacher: Any, dataset: Samples, config: TrainConfig, step: int, world: World
 ) -> dict[str, float]:
     """One step of the optimizer over the whole batch; returns its row of metrics."""
-    batches = micro_batches(dataset, step, config.batch.sequences, config.batch.micro, world.rank, world.size)
+    batches = step_batches(dataset, config, step, world)
     (targets,) = distributed.total(world, sum(batch.num_targets for batch in batches))
     scale = learning_rate_scale(config.optim, step, config.steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
     summed = 0.0
     for batch in batches:
-        loss = stage_loss(engine, teacher, type(batch)(*(x.to(world.device) for x in batch)), config.loss)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = stage_loss(engine, teacher, batch.to(world.device), config.loss)
         # DeepSpeed divides by the number of micro batches and of processes; the loss is divided by tokens only.
         engine.backward(loss * (len(batches) * world.size / targets))
         norm = distributed.take_step(engine)
@@ -84,6 +86,14 @@ def train_step(
     }
 
 
+def step_batches(dataset: Samples, config: TrainConfig, step: int, world: World) -> list[Batch] | list[Piece]:
+    """This process's micro batches of a step, or its pieces of them."""
+    whole = micro_batches(dataset, step, config.batch.sequences, config.batch.micro, *world.replica)
+    if world.sequence is None:
+        return whole
+    return [cut(batch, world.sequence, config.parallel.scan) for batch in whole]
+
+
 def learning_rate_scale(optim: Optim, step: int, steps: int) -> float:
     """The share of the peak rate at `step` (from 0): a pure function, so that resuming needs no schedule's state."""
     if step < optim.warmup_steps:
@@ -95,55 +105,12 @@ def learning_rate_scale(optim: Optim, step: int, steps: int) -> float:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM end the run after the step in hand; all processes agree on which step that is."""
+    """SIGINT and SIGTERM end the run after the step in hand. `number`: the signal that came, or 0."""
 
     def __init__(self) -> None:
-        self._number = 0
+        self.number = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
-        self._number = self._number or number
-
-    def agreed(self, world: World) -> int:
-        """The signal that any process got, or 0."""
-        number = torch.tensor(self._number, device=world.device)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        return int(number)
-
-
-def export(engine: Any, config: TrainConfig, world: World) -> None:
-    """Write the trained model, its tokenizer and where it came from to `out/model`."""
-    tensors = {name: distributed.gather_state(engine, p)["master"].cpu() for name, p in distributed.parameters(engine)}
-
-    def write() -> None:
-        source = config.model.tokenizer or config.model.init_from
-        with new_directory(config.out / "model") as directory:
-            engine.module.save_pretrained(directory, state_dict=tensors)
-            for name in TOKENIZER_FILES:
-                if (source / name).exists() and not (directory / name).exists():
-                    shutil.copy(source / name, directory / name)
-            write_json(directory / "provenance.json", provenance(config))
-
-    distributed.on_first_rank(world, write)
-
-
-def provenance(config: TrainConfig) -> dict[str, Any]:
-    """Where a model came from: the run's config, the hash of its start, and what it saw."""
-    rows = [json.loads(row) for row in (config.out / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "config": config.model_dump(mode="json"),
-        "init_from_sha256": _hash(config.model.init_from),
-        "steps": config.steps,
-        "tokens": sum(row["tokens"] for row in rows),
-        "last_loss": rows[-1]["loss"],
-    }
-
-
-def _hash(source: Path) -> str:
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+        self.number = self.number or number
