@@ -57,7 +57,7 @@ def convert(
     config = target_config(source, mixers, window)
     shards = Shards(base)
     with new_directory(out) as directory:
-        writer = _Writer(directory, _expected(config))
+        writer = CheckedWriter(directory, expected_tensors(config))
         new = []
         for name, tensor, is_new in _tensors(shards, config, torch.Generator().manual_seed(seed)):
             writer.add(name, tensor)
@@ -110,8 +110,8 @@ def _source_window(source: PreTrainedConfig) -> int | None:
     return source.sliding_window if windowed else None
 
 
-def _expected(config: SpikingBrainConfig) -> dict[str, torch.Size]:
-    """Names and shapes of all tensors the converted model must have on disk."""
+def expected_tensors(config: SpikingBrainConfig) -> dict[str, torch.Size]:
+    """Names and shapes of all tensors a model of ours must have on disk."""
     with torch.device("meta"):
         model = SpikingBrainForCausalLM(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -163,7 +163,7 @@ def _layer_tensors(
             )
 
 
-class _Writer:
+class CheckedWriter:
     """Collects tensors into safetensors files of bounded size and checks them against what is expected."""
 
     def __init__(self, directory: Path, expected: dict[str, torch.Size]):
