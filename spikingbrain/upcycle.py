@@ -63,8 +63,6 @@ def upcycle(
             if (Path(dense) / name).exists():
                 shutil.copy(Path(dense) / name, directory / name)
         errors = {layer: feed_forward_error(shards, config, layer, factors) for layer in chosen}
-        with torch.device("meta"):
-            parameters = count_parameters(SpikingBrainForCausalLM(config))
         report = {
             "dense": str(dense),
             "moe": config.moe,
@@ -73,8 +71,7 @@ def upcycle(
             "factors": factors,
             "seed": seed,
             "new_parameters": new,
-            "num_parameters": parameters.total,
-            "num_active_parameters": parameters.active,
+            **_sizes(config),
             "relative_error_by_layer": errors,
             "max_relative_error": max(errors.values()),
         }
@@ -82,10 +79,18 @@ def upcycle(
     return report
 
 
+def _sizes(config: SpikingBrainConfig) -> dict[str, int]:
+    with torch.device("meta"):
+        parameters = count_parameters(SpikingBrainForCausalLM(config))
+    return {"num_parameters": parameters.total, "num_active_parameters": parameters.active}
+
+
 def moe_config(source: Any, moe: dict[str, Any], layers: list[int] | None) -> SpikingBrainConfig:
     """The dense model's config with experts in `layers`; raises `InputError` where that cannot be."""
     if source.model_type != SpikingBrainConfig.model_type:
         raise InputError(f"cannot upcycle a {source.model_type} model; convert it first")
+    if source.moe is not None:
+        raise InputError("the model has experts already; upcycle the dense one")
     if source.spiking is not None:
         raise InputError("upcycle the dense model and turn spikes on afterwards")
     chosen = set(range(source.num_hidden_layers) if layers is None else layers)

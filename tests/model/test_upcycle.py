@@ -123,7 +123,7 @@ def test_what_cannot_be_done_is_named_and_nothing_is_written(tmp_path, options, 
 @pytest.mark.usefixtures("dense")
 def test_only_a_whole_dense_model_of_ours_is_upcycled(tmp_path):
     upcycle(tmp_path / "dense", tmp_path / "moe", MOE, scale="exact", layers=[1])
-    with pytest.raises(InputError, match=r"layers \[1\] have no dense swiglu block"):
+    with pytest.raises(InputError, match="has experts already"):
         upcycle(tmp_path / "moe", tmp_path / "again", MOE, scale="exact")
     file = tmp_path / "dense" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-50])
