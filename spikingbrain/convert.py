@@ -45,19 +45,20 @@ MAX_SHARD_BYTES = 2 * 1024**3
 
 
 def convert(
-    base: str | Path, out: str | Path, mixers: list[str], *, window: int | None = None, seed: int = 0
+    base: str | Path, out: str | Path, mixers: list[str], *, window: int | None = None, seed: int = 0, **options: Any
 ) -> dict[str, Any]:
     """Write the model of `base` with `mixers` (a pattern over the layers) to `out`, new parameters initialised.
 
+    `options`: further fields of the config (`num_sinks`, `gate`).
     Returns the report that is also written to `out/conversion.json`. Raises `InputError` for an unsupported
     architecture, a damaged file, or any tensor that is missing, left over or of the wrong shape; `out` is complete or
     absent.
     """
     source = load_config(base)
-    config = target_config(source, mixers, window)
+    config = target_config(source, mixers, window, **options)
     shards = Shards(base)
     with new_directory(out) as directory:
-        writer = _Writer(directory, _expected(config))
+        writer = CheckedWriter(directory, expected_tensors(config))
         new = []
         for name, tensor, is_new in _tensors(shards, config, torch.Generator().manual_seed(seed)):
             writer.add(name, tensor)
@@ -82,7 +83,9 @@ def convert(
     return report
 
 
-def target_config(source: PreTrainedConfig, mixers: list[str], window: int | None) -> SpikingBrainConfig:
+def target_config(
+    source: PreTrainedConfig, mixers: list[str], window: int | None, **options: Any
+) -> SpikingBrainConfig:
     """Our config for a source's; raises `InputError` where ours cannot say what the source computes."""
     if source.model_type not in SOURCES:
         raise InputError(f"cannot convert model_type {source.model_type!r}; choose from {', '.join(SOURCES)}")
@@ -99,6 +102,7 @@ def target_config(source: PreTrainedConfig, mixers: list[str], window: int | Non
         qk_norm=source.model_type == "qwen3",
         mixers=mixers,
         window=window or source_window or min(4096, source.max_position_embeddings),
+        **options,
     )
 
 
@@ -110,8 +114,8 @@ def _source_window(source: PreTrainedConfig) -> int | None:
     return source.sliding_window if windowed else None
 
 
-def _expected(config: SpikingBrainConfig) -> dict[str, torch.Size]:
-    """Names and shapes of all tensors the converted model must have on disk."""
+def expected_tensors(config: SpikingBrainConfig) -> dict[str, torch.Size]:
+    """Names and shapes of all tensors a model of ours must have on disk."""
     with torch.device("meta"):
         model = SpikingBrainForCausalLM(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -163,7 +167,7 @@ def _layer_tensors(
             )
 
 
-class _Writer:
+class CheckedWriter:
     """Collects tensors into safetensors files of bounded size and checks them against what is expected."""
 
     def __init__(self, directory: Path, expected: dict[str, torch.Size]):

@@ -98,6 +98,18 @@ def test_every_tensor_is_copied_or_reported_as_new(tmp_path, name):
     assert len(new) + report["num_copied_tensors"] == len(made)
 
 
+def test_sinks_and_a_tied_gate_add_only_sinks_and_norms(tmp_path):
+    make_base(tmp_path)
+    options = {"num_sinks": 6, "gate": {"tied": True}}
+    report = convert(tmp_path / "base", tmp_path / "out", ["gla+sliding_window", "gla+softmax"], **options)
+    layer_1 = {name.removeprefix("model.layers.1.mixer.") for name in report["new_parameters"] if ".layers.1." in name}
+    assert layer_1 == {"gla.g_norm.weight", "branch_norm.gla.weight", "branch_norm.softmax.weight", "softmax.sinks"}
+    sinks = load_model(tmp_path / "out").model.layers[1].mixer.softmax.sinks
+    assert sinks.shape == (6, 2, 2, 16)
+    assert float(sinks[:, 0].std()) == pytest.approx(0.02, rel=0.3)
+    assert not sinks[:, 1].any()
+
+
 def test_a_sharded_bf16_base_gives_the_same_tensors_in_bf16(tmp_path, monkeypatch):
     base = make_base(tmp_path).bfloat16()
     base.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")

@@ -73,6 +73,17 @@ CASES = [
     *[({"mixers": [mixer]}, edges, "all_gather") for mixer in MIXERS for edges in EDGES],
     *[({"mixers": ["gla"]}, edges, "pipelined") for edges in EDGES],
     ({"mixers": ["softmax"], "num_attention_heads": 3, "num_key_value_heads": 1}, "packed", "all_gather"),
+    (
+        {
+            "mixers": ["gla+sliding_window", "gla+softmax"],
+            "num_sinks": 5,
+            "gate": {"tied": True},
+            "channel_mixers": ["swiglu", "moe"],
+            "moe": {"num_experts": 3},
+        },
+        "packed",
+        "all_gather",
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Our own format, free of topology: for each parameter the fp32 master and both moments, in pieces, with checksums.
+"""Our own format, free of topology: each parameter's fp32 master and both moments in pieces, buffers; with checksums.
 
 A checkpoint is a directory `step-N`, complete or absent: a safetensors file from each process, and an index of which
 elements of which parameter lie in which file. Any number of processes and any ZeRO stage write and read the same.
@@ -20,7 +20,7 @@ from spikingbrain.errors import InputError
 from spikingbrain.files import read_json, sync, write_json
 
 from .config import Checkpoint
-from .distributed import MOMENTS, World, local_pieces, on_first_rank, raise_anywhere, set_moment
+from .distributed import MOMENTS, World, buffers, local_pieces, on_first_rank, raise_anywhere, set_moment
 
 INDEX = "index.json"
 PARTS = ("master", *MOMENTS)
@@ -61,6 +61,11 @@ class Writer:
                 continue
             tensors.update({f"{part}/{name}": value.detach().to("cpu", copy=True) for part, value in parts.items()})
             pieces[name] = (start, start + parts["master"].numel())
+        for name, buffer in buffers(engine.module).items():
+            shapes[name] = list(buffer.shape)
+            if self.world.rank == 0:
+                tensors[f"master/{name}"] = buffer.flatten().to("cpu", copy=True)
+                pieces[name] = (0, buffer.numel())
         self._step = step
         self._thread = Thread(target=self._write, args=(tensors, pieces, shapes))
         self._thread.start()
@@ -196,10 +201,11 @@ class Reader:
 def load_weights(model: torch.nn.Module, run: Path, step: int) -> None:
     """The weights, into a model that no engine has taken yet; raises `InputError` naming tensors that do not fit."""
     reader = Reader(run, step)
-    reader.require({name for name, _ in model.named_parameters()})
+    tensors = {**dict(model.named_parameters()), **buffers(model)}
+    reader.require(set(tensors))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.whole("master", name))
+        for name, tensor in tensors.items():
+            tensor.copy_(reader.whole("master", name))
 
 
 def load_moments(engine: Any, world: World, run: Path, step: int) -> None:

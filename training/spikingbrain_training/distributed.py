@@ -191,6 +191,12 @@ def raise_anywhere(world: World, error: OSError | None) -> None:
             raise other
 
 
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What the model stores besides parameters (the experts' balance) by name; the same on every process."""
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
 def local_pieces(
     engine: Any, world: World, *, everywhere: bool = False
 ) -> Iterator[tuple[str, torch.Size, int, dict[str, Tensor]]]:

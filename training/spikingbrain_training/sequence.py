@@ -245,6 +245,8 @@ class HeadExchange(Carrier):
         query = self._to_heads(query, queries)
         key, value = (self._to_heads(x, keys)[:, :, mine] for x in (key, value))
         whole = {**kwargs, "positions": self.piece.positions, "cu_seqlens": self.piece.cu_seqlens}
+        if kwargs.get("sinks") is not None:
+            whole["sinks"] = kwargs["sinks"][:, :, keys.to(mine.device)[self.piece.group.rank][mine]]
         out, _ = op(query, key, value, **whole)
         return self._to_tokens(out)[:, :, : args[0].shape[2]], self
 

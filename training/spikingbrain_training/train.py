@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, distributed
+from spikingbrain.experts import record_routing
+
+from . import balance, checkpoint, distributed
 from .config import Optim, TrainConfig
 from .data import Batch, Samples, micro_batches, open_data
 from .distributed import World
@@ -69,20 +71,26 @@ def train_step(
     scale = learning_rate_scale(config.optim, step, config.steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
-    summed = 0.0
+    sums = balance.Sums.zero(engine.module)
     for batch in batches:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with (
+            torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+            record_routing(engine.module) as record,
+        ):
             loss = stage_loss(engine, teacher, batch.to(world.device), config.loss)
+        unevenness = balance.loss(engine.module, record, len(batch.labels))
         # DeepSpeed divides by the number of micro batches and of processes; the loss is divided by tokens only.
-        engine.backward(loss * (len(batches) * world.size / targets))
+        engine.backward((loss + unevenness) * (len(batches) * world.size / targets))
         norm = distributed.take_step(engine)
-        summed += float(loss.detach())
-    (summed,) = distributed.total(world, summed)
+        sums = sums.add(loss, unevenness, record)
+    sums = sums.over_processes(world)
+    balance.shift_(engine.module, sums.loads)
     return {
-        "loss": summed / targets,
+        "loss": sums.loss / targets,
         "lr": config.optim.lr * scale,
         "grad_norm": norm,
         "tokens": targets,
+        **balance.metrics(sums, targets),
     }
 
 
