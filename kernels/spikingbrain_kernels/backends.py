@@ -40,7 +40,7 @@ class Backend:
         return getattr(import_module(f"spikingbrain_kernels.{self.name}"), op)
 
 
-OPS = ("gated_linear", "window_attention")
+OPS = ("gated_linear", "gated_delta", "wkv", "lif_scan", "short_conv", "window_attention")
 ANY_DEVICE = ("cpu", "cuda", "meta")
 
 # In order of preference.
