@@ -16,9 +16,14 @@ class Group(BaseModel):
 
 
 class Model(Group):
-    """`init_from`: a model directory, or a config .json to start from scratch. `tokenizer`: a directory to copy."""
+    """`init_from`: a model directory, a run or RUN@STEP, or a config .json to start from scratch.
+
+    A Transformer is converted on the way where `mixers` (and `window`) are given. `tokenizer`: a directory to copy.
+    """
 
     init_from: Path
+    mixers: list[str] | None = None
+    window: int | None = Field(default=None, gt=0)
     tokenizer: Path | None = None
 
 
@@ -99,6 +104,25 @@ class Parallel(Group):
         return self
 
 
+class Watch(Group):
+    """`peak_tflops` of one device, to say MFU; `histograms` every so many steps; `wandb`: a project, if wanted."""
+
+    peak_tflops: float | None = Field(default=None, gt=0)
+    histograms: int = Field(default=50, gt=0)
+    wandb: str | None = None
+
+
+class Faults(Group):
+    """`skips`: steps that may be left out because they came out as NaN; `restarts` after a process died.
+
+    A process in which no step ends within `hang_seconds` ends itself and shows where it stood.
+    """
+
+    skips: int = Field(default=10, ge=0)
+    restarts: int = Field(default=0, ge=0)
+    hang_seconds: float = Field(default=3600.0, gt=0)
+
+
 class Checkpoint(Group):
     """Every how many steps one is written; the newest `keep` stay, and each at a multiple of `milestones` steps."""
 
@@ -127,6 +151,8 @@ class TrainConfig(Group):
     loss: Loss = Loss()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
+    watch: Watch = Watch()
+    faults: Faults = Faults()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -99,13 +99,16 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def make_engine(model: Any, config: TrainConfig, world: World, step: int) -> Any:
-    """The DeepSpeed engine around `model`, with torch's own AdamW, as after `step` steps with moments of zero."""
+def make_engine(model: Any, config: TrainConfig, world: World, step: int, new: set[str]) -> Any:
+    """The DeepSpeed engine around `model`, with torch's own AdamW, as after `step` steps with moments of zero.
+
+    `new`: names of the parameters that learn at `optim.new_lr`.
+    """
     import deepspeed
 
     if config.parallel.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    groups = parameter_groups(model, config.optim, new_parameters(config.model.init_from))
+    groups = parameter_groups(model, config.optim, new)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
     engine, *_ = deepspeed.initialize(
         model=model.to(world.device),
@@ -182,13 +185,18 @@ def on_first_rank(world: World, work: Callable[[], None]) -> None:
         raise outcome[0]
 
 
+def everywhere(world: World, value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks."""
+    values: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def raise_anywhere(world: World, error: OSError | None) -> None:
     """Raise on every process what any of them met."""
-    met: list[OSError | None] = [None] * world.size
-    torch.distributed.all_gather_object(met, error)
-    for other in met:
-        if other is not None:
-            raise other
+    for met in everywhere(world, error):
+        if met is not None:
+            raise met
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:

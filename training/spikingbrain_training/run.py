@@ -1,7 +1,6 @@
 """A run's directory: whether a config may begin or go on there, and whether all that it reads can be read."""
 
 from pathlib import Path
-from typing import Any
 
 from spikingbrain.checkpoint import Shards, load_config, load_tokenizer
 from spikingbrain.config import SpikingBrainConfig
@@ -9,14 +8,15 @@ from spikingbrain.errors import InputError
 from spikingbrain.files import read_json, write_json
 
 from . import checkpoint
+from .comparison import flat
 from .config import TrainConfig
 from .data import Mixture, open_data
+from .directory import ARCHITECTURE, CONFIG, MODEL, is_run
 from .distributed import new_parameters
-from .stages import student_config
+from .stages import prepare_start, student_config
 
-CONFIG, MODEL, ARCHITECTURE = "config.json", "model", "architecture"
 # What says where and on how many processes a run computes, not what.
-LAYOUT = ("out", "batch.micro", "parallel.", "checkpoint.")
+LAYOUT = ("out", "batch.micro", "parallel.", "checkpoint.", "watch.", "faults.")
 
 
 def begin_run(config: TrainConfig) -> str:
@@ -35,24 +35,18 @@ def begin_run(config: TrainConfig) -> str:
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / CONFIG, config.model_dump(mode="json"))
     student_config(config).save_pretrained(config.out / ARCHITECTURE)
+    prepare_start(config)
     step, complaints = checkpoint.newest_good(config.out)
     checkpoint.discard_unfinished(config.out, step)
     return "; ".join([f"{config.out}: from step {step} to {config.steps}", *complaints])
 
 
 def _require_same(config: TrainConfig) -> None:
-    ours, theirs = _flat(config.model_dump(mode="json")), _flat(read_json(config.out / CONFIG))
+    ours, theirs = flat(config.model_dump(mode="json")), flat(read_json(config.out / CONFIG))
     settings = {key for key in {*ours, *theirs} if not key.startswith(LAYOUT)}
     different = sorted(key for key in settings if ours.get(key) != theirs.get(key))
     if different:
         raise InputError(f"{config.out} holds a run with another {', '.join(different)}; choose another out")
-
-
-def _flat(keys: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in keys.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def check_inputs(config: TrainConfig) -> None:
@@ -60,13 +54,13 @@ def check_inputs(config: TrainConfig) -> None:
     vocabulary = student_config(config).vocab_size
     source = config.model.init_from
     for path in (source, config.teacher):
-        if path and path.is_dir():
+        if path and path.is_dir() and not is_run(path):
             Shards(path)
     if config.parallel.sequence > 1:
         _require_pieces(config)
     if config.model.tokenizer:
         load_tokenizer(config.model.tokenizer)
-    if config.optim.new_lr and not new_parameters(source):
+    if config.optim.new_lr and not (config.model.mixers or new_parameters(source)):
         raise InputError(f"optim.new_lr is set, but no conversion.json in {source} names new parameters")
     if config.teacher:
         _require_vocabulary(config.teacher, vocabulary)

@@ -4,11 +4,13 @@ A mixer is not told: its state is a `Carrier`, which runs the mixer's op on the 
 mixer's `kind` asks for. Documents that lie in one piece exchange nothing that is used.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from spikingbrain.state import LayerState, StateSpec
 from spikingbrain_kernels import Carrier
@@ -17,6 +19,7 @@ from .collectives import Group, all_gather, exchange, hand_on, pipelined_scan, r
 from .data import Batch
 
 SCAN_BLOCKS = 8
+STATE_BYTES = 4
 
 
 class Piece(NamedTuple):
@@ -96,9 +99,9 @@ def make_carrier(kind: str, spec: StateSpec, piece: Piece) -> Carrier:
         return WindowHalo(piece)
     if spec.kind == "growing":
         return HeadExchange(piece)
-    if spec.kind == "recurrent" and kind in COMPOSED:
-        return COMPOSED[kind](piece)
-    return Relay(piece, spec)
+    if spec.kind == "conv":
+        return InputHalo(piece)
+    return COMPOSED.get(kind, Relay)(piece, spec)
 
 
 def _first_states(first: Tensor, documents: int) -> Tensor:
@@ -106,17 +109,32 @@ def _first_states(first: Tensor, documents: int) -> Tensor:
     return torch.cat([first[None], first.new_zeros(documents - 1, *first.shape)])
 
 
-class DiagonalScan(Carrier):
+class Relay(Carrier):
+    """A state that does not compose: each rank waits for the one before it. Received: one state, forward and back."""
+
+    def __init__(self, piece: Piece, spec: StateSpec):
+        self.piece, self.spec = piece, spec
+
+    def carry(self, op: Callable[..., Any], *args: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Wait, run, hand on."""
+        like = torch.zeros(self.spec.shape, dtype=self.spec.dtype, device=args[0].device)
+        before = receive_state(like, args[0], self.piece.group) * self.piece.continues
+        first = _first_states(before, len(self.piece.batch.cu_seqlens) - 1)
+        out, after = op(*args, **{**kwargs, "state": first})
+        return hand_on(out, after[-1].to(like.dtype), self.piece.group), self
+
+
+class DiagonalScan(Relay):
     """Gated linear attention: the update is S <- diag(a) S + B, so (a, B) of each rank compose (arXiv 2502.07563).
 
-    Received forward: (P - 1) H K (V + 1) numbers by all-gather, H K V pipelined; the same backward.
+    Received forward: (P - 1) H K (V + 1) numbers by all-gather, H K V pipelined; the same backward. Other ops of a
+    mixer of this kind are relayed.
     """
-
-    def __init__(self, piece: Piece):
-        self.piece = piece
 
     def carry(self, op: Callable[..., Any], *args: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
         """Run on the piece alone, then add what the state before it gives to the first document's tokens."""
+        if op.__name__ != "gated_linear":
+            return super().carry(op, *args, **kwargs)
         out, after = op(*args, **kwargs)
         query, _, _, log_decay = args
         decay = log_decay[0].to(after.dtype).expand(-1, -1, after.shape[2])
@@ -141,17 +159,16 @@ class DiagonalScan(Carrier):
         return state
 
 
-class DenseScan(Carrier):
+class DenseScan(Relay):
     """The delta rule: S <- M S + B with a K x K matrix M, what the op makes of the identity when it writes nothing.
 
-    Received forward: (P - 1) H K (K + V) numbers; the same backward.
+    Received forward: (P - 1) H K (K + V) numbers; the same backward. Other ops of such a mixer are relayed.
     """
-
-    def __init__(self, piece: Piece):
-        self.piece = piece
 
     def carry(self, op: Callable[..., Any], *args: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
         """Find the piece's map, compose those before it, run the piece from the state they give."""
+        if op.__name__ != "gated_delta":
+            return super().carry(op, *args, **kwargs)
         _, after = op(*args, **kwargs)
         everything = all_gather(torch.cat([self._map(op, after, *args, **kwargs), after[-1]], dim=-1), self.piece.group)
         width = after.shape[2]
@@ -168,21 +185,6 @@ class DenseScan(Carrier):
         query, key, value, *rest = args
         nothing = value.new_zeros(*value.shape[:3], key.shape[3])
         return op(query, key, nothing, *rest, **{**kwargs, "state": identity.contiguous()})[1][0]
-
-
-class Relay(Carrier):
-    """A state that does not compose: each rank waits for the one before it. Received: one state, forward and back."""
-
-    def __init__(self, piece: Piece, spec: StateSpec):
-        self.piece, self.spec = piece, spec
-
-    def carry(self, op: Callable[..., Any], *args: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
-        """Wait, run, hand on."""
-        like = torch.zeros(self.spec.shape, dtype=self.spec.dtype, device=args[0].device)
-        before = receive_state(like, args[0], self.piece.group) * self.piece.continues
-        first = _first_states(before, len(self.piece.batch.cu_seqlens) - 1)
-        out, after = op(*args, **{**kwargs, "state": first})
-        return hand_on(out, after[-1].to(like.dtype), self.piece.group), self
 
 
 class WindowHalo(Carrier):
@@ -208,17 +210,37 @@ class WindowHalo(Carrier):
 
     def _ring(self, entries: Tensor, window: int) -> Tensor:
         """The ring `[1, window, 2, H_kv, D]` before the piece from each rank's `entries [T, 2, H_kv, D]`."""
-        group, length = self.piece.group, len(entries)
-        counts = halo_counts(window, length, group.size)
-        send = [counts.get(rank - group.rank, 0) for rank in range(group.size)]
-        receive = [counts.get(group.rank - rank, 0) for rank in range(group.size)]
-        halo = exchange(torch.cat([entries[length - count :] for count in send]), send, receive, group)
+        before = halo(entries, window, self.piece)
         position = int(self.piece.batch.positions[0, 0])
-        seen = min(position, window - 1)
-        place = torch.arange(position - seen, position, device=entries.device)
+        place = torch.arange(position - len(before), position, device=entries.device)
         capacity = min(window, self.piece.positions.shape[1])
         ring = entries.new_zeros(1, capacity, *entries.shape[1:])
-        return ring.index_put((torch.zeros_like(place), place % capacity), halo[len(halo) - seen :])
+        return ring.index_put((torch.zeros_like(place), place % capacity), before)
+
+
+class InputHalo(Carrier):
+    """A short convolution: the last inputs before the piece. Received forward: at most (N - 1) C numbers, N taps."""
+
+    def __init__(self, piece: Piece):
+        self.piece = piece
+
+    def carry(self, op: Callable[..., Any], *args: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Run on the piece with the inputs before it as its first document's state."""
+        x, weight = args
+        before = halo(x[0], weight.shape[1], self.piece)
+        first = pad(before, (0, 0, weight.shape[1] - 1 - len(before), 0))
+        states = _first_states(first, len(self.piece.batch.cu_seqlens) - 1)
+        return op(*args, **{**kwargs, "state": states})[0], self
+
+
+def halo(entries: Tensor, window: int, piece: Piece) -> Tensor:
+    """What the ranks before have of the first document's last `window - 1` `entries [T, ...]` before the piece."""
+    group, length = piece.group, len(entries)
+    counts = halo_counts(window, length, group.size)
+    send = [counts.get(rank - group.rank, 0) for rank in range(group.size)]
+    receive = [counts.get(group.rank - rank, 0) for rank in range(group.size)]
+    received = exchange(torch.cat([entries[length - count :] for count in send]), send, receive, group)
+    return received[len(received) - min(int(piece.batch.positions[0, 0]), window - 1) :]
 
 
 def halo_counts(window: int, length: int, size: int) -> dict[int, int]:
@@ -277,6 +299,39 @@ def head_shares(query_heads: int, key_heads: int, size: int) -> tuple[Tensor, Te
     groups = (queries // (query_heads // key_heads)).tolist()
     reads = torch.tensor([[row.index(head) for head in heads] for row, heads in zip(wanted, groups, strict=True)])
     return queries, keys, reads
+
+
+def received_numbers(model: Any, length: int, size: int, scan: str, width: int) -> int:
+    """Bytes that a rank in the middle receives in one forward pass, `length` tokens a rank; the same backward.
+
+    States are fp32; what is exchanged by token has `width` bytes a number.
+    """
+    total = 0
+    for layer in model.model.layers:
+        for block in (layer.mixer, layer.mlp):
+            for name in block.names:
+                mixer = block.get_submodule(name)
+                specs = mixer.state_specs(model.dtype)
+                total += sum(_received(mixer.kind, spec, model.config, length, size, scan, width) for spec in specs)
+    return total
+
+
+def _received(kind: str, spec: StateSpec, config: Any, length: int, size: int, scan: str, width: int) -> int:
+    numbers = math.prod(spec.shape)
+    if spec.kind == "growing":
+        queries, keys, _ = head_shares(config.num_attention_heads, config.num_key_value_heads, size)
+        return width * (size - 1) * length * 2 * (queries.shape[1] + keys.shape[1]) * config.head_dim
+    if spec.kind == "ring":
+        return width * sum(halo_counts(spec.shape[0], length, size).values()) * math.prod(spec.shape[1:])
+    if spec.kind == "conv":
+        return width * numbers
+    if len(spec.shape) != 3 or (kind == "diagonal" and scan == "pipelined"):
+        return STATE_BYTES * numbers
+    if kind == "diagonal":
+        return STATE_BYTES * (size - 1) * (numbers + math.prod(spec.shape[:2]))
+    if kind == "dense":
+        return STATE_BYTES * (size - 1) * (numbers + math.prod(spec.shape[:2]) * spec.shape[1])
+    return STATE_BYTES * numbers
 
 
 COMPOSED: dict[str, Any] = {"diagonal": DiagonalScan, "dense": DenseScan}

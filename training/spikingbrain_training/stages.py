@@ -11,23 +11,57 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from spikingbrain.checkpoint import load_config, load_model
 from spikingbrain.config import SpikingBrainConfig
+from spikingbrain.convert import convert, target_config
 from spikingbrain.errors import InputError
 from spikingbrain.files import read_json
 from spikingbrain_kernels import state_dtype
 
 from .config import Loss, TrainConfig
 from .data import IGNORED, Batch
+from .directory import ARCHITECTURE, START, is_run, named_step
+from .export import export
 from .sequence import Piece, StatesAcrossRanks
+
+
+def start_of(config: TrainConfig) -> Path:
+    """What the run begins with: `init_from`, or what `prepare_start` made of it."""
+    made = config.out / START
+    return made if made.exists() else config.model.init_from
+
+
+def start_config(config: TrainConfig) -> PreTrainedConfig:
+    """The config of what the run begins with, made already or not; raises `InputError` if it cannot be."""
+    source = config.model.init_from
+    if source.is_file():
+        return _config_file(source)
+    if is_run(source):
+        return load_config(named_step(source)[0] / ARCHITECTURE)
+    theirs = load_config(source)
+    if config.model.mixers is None:
+        return theirs
+    if isinstance(theirs, SpikingBrainConfig):
+        raise InputError(f"model.mixers: {source} is converted already, with {', '.join(dict.fromkeys(theirs.mixers))}")
+    return target_config(theirs, config.model.mixers, config.model.window)
+
+
+def prepare_start(config: TrainConfig) -> None:
+    """Convert the Transformer or export the run that the run begins with, unless that was done before."""
+    source, made = config.model.init_from, config.out / START
+    if made.exists() or source.is_file():
+        return
+    if is_run(source):
+        export(*named_step(source), made)
+    elif config.model.mixers is not None:
+        convert(source, made, config.model.mixers, window=config.model.window, seed=config.seed)
 
 
 def student_config(config: TrainConfig) -> PreTrainedConfig:
     """The config of the model to train, with spikes where the stage has them; raises `InputError` if there is none."""
-    source = config.model.init_from
-    ours = _config_file(source) if source.is_file() else load_config(source)
+    ours = start_config(config)
     if config.spiking is None:
         return ours
     if not isinstance(ours, SpikingBrainConfig):
-        raise InputError(f"{source} is a {ours.model_type} model; convert it before it can spike")
+        raise InputError(f"{config.model.init_from} is a {ours.model_type} model; convert it before it can spike")
     return type(ours).from_dict({**ours.to_dict(), "spiking": config.spiking})
 
 
@@ -44,7 +78,7 @@ def _config_file(path: Path) -> PreTrainedConfig:
 
 def make_student(config: TrainConfig) -> Any:
     """The model to train, fp32; from scratch with the run's seed where `init_from` is a config file."""
-    source, ours = config.model.init_from, student_config(config)
+    source, ours = start_of(config), student_config(config)
     if source.is_file():
         torch.manual_seed(config.seed)
         return AutoModelForCausalLM.from_config(ours, dtype=torch.float32).train()

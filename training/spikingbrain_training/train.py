@@ -2,21 +2,28 @@
 
 import math
 import signal
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spikingbrain.experts import record_routing
 
 from . import balance, checkpoint, distributed
 from .config import Optim, TrainConfig
 from .data import Batch, Samples, micro_batches, open_data
+from .directory import MODEL
 from .distributed import World
 from .export import export
+from .faults import NonFinite, expect_progress, skip, skipped
+from .flops import flops_per_token
 from .metrics import Metrics
-from .run import MODEL
 from .sequence import Piece, cut
-from .stages import make_student, make_teacher, stage_loss
+from .stages import make_student, make_teacher, stage_loss, start_of
+from .watching import first_non_finite, watch
 
 
 class Interrupted(Exception):
@@ -33,58 +40,100 @@ def train(config: TrainConfig) -> None:
         return
     world = distributed.start(config.out, config.parallel.sequence)
     stop = StopSignal()
-    dataset = open_data(config.data, config.seed)
-    student = make_student(config)
-    teacher = make_teacher(config.teacher)
-    (first,) = distributed.from_first_rank(world, lambda: checkpoint.newest_good(config.out)[:1])
-    if first:
-        checkpoint.load_weights(student, config.out, first)
-    engine = distributed.make_engine(student, config, world, first)
-    if first:
-        checkpoint.load_moments(engine, world, config.out, first)
-    writer = checkpoint.Writer(config.out, world, config.checkpoint)
-    metrics = Metrics(config.out, first, config.steps) if world.rank == 0 else None
-    for step in range(first, config.steps):
-        row = train_step(engine, teacher, dataset, config, step, world)
-        if metrics:
-            metrics.write(step + 1, **row)
-        stopped, writing = distributed.largest(world, stop.number, writer.busy)
-        if writer.pending and not writing:
-            writer.finish()
-        if stopped or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-            writer.begin(engine, step + 1)
-        if stopped:
-            writer.finish()
-            raise Interrupted(stopped)
-    writer.finish()
-    if metrics:
-        metrics.close()
+    while True:
+        try:
+            _run(config, world, stop)
+        except NonFinite as fault:
+            distributed.on_first_rank(world, partial(skip, config.out, fault, config.faults.skips))
+        else:
+            break
     distributed.on_first_rank(world, lambda: export(config.out, config.steps, config.out / MODEL))
 
 
+def _run(config: TrainConfig, world: World, stop: "StopSignal") -> None:
+    """From the newest whole checkpoint to the last step; raises `NonFinite` where a step came out as NaN."""
+    dataset = open_data(config.data, config.seed)
+    student, teacher = make_student(config), make_teacher(config.teacher)
+    (first,) = distributed.from_first_rank(world, lambda: checkpoint.newest_good(config.out)[:1])
+    if first:
+        checkpoint.load_weights(student, config.out, first)
+    flops = flops_per_token(student, config.data.sequence_length)
+    new = distributed.new_parameters(start_of(config))
+    engine = distributed.make_engine(student, config, world, first, new)
+    if first:
+        checkpoint.load_moments(engine, world, config.out, first)
+    writer = checkpoint.Writer(config.out, world, config.checkpoint)
+    metrics = None
+    if world.rank == 0:
+        metrics = Metrics(config.out, first, config.steps, config.watch, flops, world.size)
+    left_out = distributed.from_first_rank(world, lambda: skipped(config.out))
+    for step in range(first, config.steps):
+        expect_progress(config.faults.hang_seconds)
+        if step not in left_out:
+            row = train_step(engine, teacher, dataset, config, step, world, metrics)
+            if metrics:
+                metrics.write(step + 1, **row)
+        elif metrics:
+            metrics.skip(step + 1, left_out[step])
+        _after_step(writer, engine, config, step + 1, world, stop)
+    writer.finish()
+    expect_progress(0)
+    if metrics:
+        metrics.close()
+
+
+def _after_step(
+    writer: checkpoint.Writer, engine: Any, config: TrainConfig, done: int, world: World, stop: "StopSignal"
+) -> None:
+    """Put what is written in place, begin the next checkpoint where it is due, and end where a signal came."""
+    stopped, writing = distributed.largest(world, stop.number, writer.busy)
+    if writer.pending and not writing:
+        writer.finish()
+    if stopped or done % config.checkpoint.every == 0 or done == config.steps:
+        writer.begin(engine, done)
+    if stopped:
+        writer.finish()
+        expect_progress(0)
+        raise Interrupted(stopped)
+
+
 def train_step(
-    engine: Any, teacher: Any, dataset: Samples, config: TrainConfig, step: int, world: World
+    engine: Any,
+    teacher: Any,
+    dataset: Samples,
+    config: TrainConfig,
+    step: int,
+    world: World,
+    metrics: Metrics | None = None,
 ) -> dict[str, float]:
-    """One step of the optimizer over the whole batch; returns its row of metrics."""
+    """One step of the optimizer over the whole batch; returns its row of metrics.
+
+    Raises `NonFinite` on every process where the loss or the gradient's norm is not finite on any.
+    """
     batches = step_batches(dataset, config, step, world)
     (targets,) = distributed.total(world, sum(batch.num_targets for batch in batches))
     scale = learning_rate_scale(config.optim, step, config.steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
+    watched = metrics is not None and step % config.watch.histograms == 0
     sums = balance.Sums.zero(engine.module)
     for batch in batches:
-        with (
-            torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"),
-            record_routing(engine.module) as record,
-        ):
-            loss = stage_loss(engine, teacher, batch.to(world.device), config.loss)
+        batch = batch.to(world.device)
+        context: Any = watch(engine.module) if watched else nullcontext({})
+        with context as seen, record_routing(engine.module) as record:
+            loss = forward(engine, teacher, batch, config)
+        _require_finite(loss, engine, partial(forward, engine, teacher, batch, config), step, world)
         unevenness = balance.loss(engine.module, record, len(batch.labels))
         # DeepSpeed divides by the number of micro batches and of processes; the loss is divided by tokens only.
         engine.backward((loss + unevenness) * (len(batches) * world.size / targets))
         norm = distributed.take_step(engine)
         sums = sums.add(loss, unevenness, record)
+    if norm is not None and not math.isfinite(norm):
+        raise NonFinite(step, "in a gradient")
     sums = sums.over_processes(world)
     balance.shift_(engine.module, sums.loads)
+    if watched:
+        metrics.histograms(step + 1, seen)
     return {
         "loss": sums.loss / targets,
         "lr": config.optim.lr * scale,
@@ -92,6 +141,19 @@ def train_step(
         "tokens": targets,
         **balance.metrics(sums, targets),
     }
+
+
+def forward(engine: Any, teacher: Any, batch: Batch | Piece, config: TrainConfig) -> Tensor:
+    """The summed loss of a micro batch, in the precision that the config asks for."""
+    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return stage_loss(engine, teacher, batch, config.loss)
+
+
+def _require_finite(loss: Tensor, engine: Any, again: Callable[[], Tensor], step: int, world: World) -> None:
+    (bad,) = distributed.largest(world, int(not math.isfinite(float(loss.detach()))))
+    if bad:
+        found = distributed.everywhere(world, first_non_finite(engine.module, again))
+        raise NonFinite(step, next((place for place in found if place), "in the loss"))
 
 
 def step_batches(dataset: Samples, config: TrainConfig, step: int, world: World) -> list[Batch] | list[Piece]:
