@@ -16,7 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spikingbrain_kernels.quantized import Int8Weight, quantize, spike_linear
 
+from . import registry
 from .errors import InputError
+from .families import our_name
 from .model import MixerBlock
 from .neurons import Spikes
 from .spiking import SpikingLinear
@@ -86,7 +88,7 @@ class Int8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_options: Any
     ) -> None:
-        sizes = _stored_sizes(checkpoint_files or [])
+        sizes = _stored_sizes(checkpoint_files or [], model.config.model_type)
         inner = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
         for block_name, block in list(model.named_modules()):
             for name in block.projections if isinstance(block, MixerBlock) else ():
@@ -125,11 +127,14 @@ def int8_tensors(name: str, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
     return {f"{name}.{part}": x.contiguous() for part, x in zip(parts, int8, strict=True) if x is not None}
 
 
-def _stored_sizes(files: list[str]) -> dict[str, list[int]]:
-    """Shapes of the tensors whose size the config does not tell."""
+def _stored_sizes(files: list[str], model_type: str) -> dict[str, list[int]]:
+    """Shapes, by our names, of the tensors whose size the config does not tell."""
+    family = registry.load("families", model_type) if model_type in registry.names("families") else None
     sizes = {}
     for file in files:
         with safe_open(file, framework="pt") as shard:
-            names = [name for name in set(shard.keys()) if name.endswith((".weight_scale", ".weight_outlier_index"))]
-            sizes.update({name: shard.get_slice(name).get_shape() for name in names})
+            for name in set(shard.keys()):
+                if name.endswith((".weight_scale", ".weight_outlier_index")):
+                    ours = name if family is None else our_name(family, name)
+                    sizes[ours] = shard.get_slice(name).get_shape()
     return sizes
