@@ -8,9 +8,17 @@ from .config import SpikingBrainConfig
 from .errors import InputError
 from .families import renamings
 from .model import SpikingBrainForCausalLM, SpikingBrainModel
+from .quantization import Int8Config
 from .spiking import record_spikes
 
-__all__ = ["InputError", "SpikingBrainConfig", "SpikingBrainForCausalLM", "SpikingBrainModel", "record_spikes"]
+__all__ = [
+    "InputError",
+    "Int8Config",
+    "SpikingBrainConfig",
+    "SpikingBrainForCausalLM",
+    "SpikingBrainModel",
+    "record_spikes",
+]
 
 
 def _register() -> None:

@@ -1,31 +1,41 @@
 """Reading model directories: every way they can be wrong becomes one `InputError` that names the file."""
 
 import pickle
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .errors import InputError
-from .files import read_json
+from .files import read_json, write_json
 
+# What tokenizers and generate() keep in a directory beside the weights.
 TOKENIZER_FILES = (
     "added_tokens.json",
+    "additional_chat_templates",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "merges.txt",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
+    "spiece.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
+    "vocab.txt",
 )
+MAX_SHARD_BYTES = 2 * 1024**3
+MIN_SHARD_BYTES = 32 * 1024**2
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
@@ -49,6 +59,16 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto") -> Any:
         raise InputError(f"{path} cannot be loaded: {_one_line(error)}") from None
 
 
+def copy_tokenizer(path: str | Path, directory: Path) -> None:
+    """Let the tokenizer, the chat templates and the generation settings of a model directory travel with it."""
+    for name in TOKENIZER_FILES:
+        source = Path(path) / name
+        if source.is_dir():
+            shutil.copytree(source, directory / name, dirs_exist_ok=True)
+        elif source.exists():
+            shutil.copyfile(source, directory / name)
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model directory."""
     directory = _directory(path)
@@ -68,6 +88,14 @@ def _directory(path: str | Path) -> Path:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+class TensorSource(Protocol):
+    """Tensors by name, one at a time: iterating gives the names, `get` the tensor of the name given last."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def get(self, name: str) -> Tensor: ...
 
 
 class Shards:
@@ -98,6 +126,11 @@ class Shards:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is damaged or truncated: {_one_line(error)}") from None
+
+    @property
+    def largest_bytes(self) -> int:
+        """The size of the largest file."""
+        return max(file.stat().st_size for file in self._files)
 
     def get(self, name: str) -> Tensor:
         """One tensor."""
@@ -132,3 +165,44 @@ class PickledTensors:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
+
+
+def shard_bytes(largest: int) -> int:
+    """How much a writer may hold so that with one tensor more it stays under 1.5 x `largest`, the source's file."""
+    return max(MIN_SHARD_BYTES, min(MAX_SHARD_BYTES, largest // 2))
+
+
+class ShardWriter:
+    """Writes tensors one by one into the safetensors files of a directory, holding at most `max_bytes` of them."""
+
+    def __init__(self, directory: Path, max_bytes: int = MAX_SHARD_BYTES):
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._files: list[tuple[Path, list[str]]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor."""
+        held = sum(pending.nbytes for pending in self._pending.values())
+        if self._pending and held + tensor.nbytes > self.max_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+
+    def _flush(self) -> None:
+        file = self.directory / f"part-{len(self._files):05d}"
+        save_file(self._pending, file, metadata={"format": "pt"})
+        self._files.append((file, list(self._pending)))
+        self._pending = {}
+
+    def close(self) -> None:
+        """Write the rest, and the index if there are several files."""
+        self._flush()
+        if len(self._files) == 1:
+            self._files[0][0].rename(self.directory / "model.safetensors")
+            return
+        weight_map = {}
+        for number, (file, names) in enumerate(self._files, 1):
+            final = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
+            file.rename(self.directory / final)
+            weight_map.update(dict.fromkeys(names, final))
+        write_json(self.directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})

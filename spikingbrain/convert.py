@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from . import registry
-from .checkpoint import TOKENIZER_FILES, Shards, load_config
+from .checkpoint import Shards, ShardWriter, copy_tokenizer, load_config, shard_bytes
 from .config import SpikingBrainConfig
 from .errors import InputError
 from .files import new_directory, write_json
@@ -41,7 +40,6 @@ COPIED_FIELDS = (
 # Tensors of old checkpoints that hold nothing learned.
 DROPPED = re.compile(r"rotary_emb\.inv_freq$")
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-MAX_SHARD_BYTES = 2 * 1024**3
 
 
 def convert(
@@ -58,7 +56,7 @@ def convert(
     config = target_config(source, mixers, window, **options)
     shards = Shards(base)
     with new_directory(out) as directory:
-        writer = CheckedWriter(directory, expected_tensors(config))
+        writer = CheckedWriter(directory, expected_tensors(config), shard_bytes(shards.largest_bytes))
         new = []
         for name, tensor, is_new in _tensors(shards, config, torch.Generator().manual_seed(seed)):
             writer.add(name, tensor)
@@ -66,9 +64,7 @@ def convert(
         writer.close()
         config.architectures = [SpikingBrainForCausalLM.__name__]
         config.save_pretrained(directory)
-        for name in TOKENIZER_FILES:
-            if (Path(base) / name).exists():
-                shutil.copy(Path(base) / name, directory / name)
+        copy_tokenizer(base, directory)
         report = {
             "base": str(base),
             "base_model_type": source.model_type,
@@ -167,15 +163,13 @@ def _layer_tensors(
             )
 
 
-class CheckedWriter:
-    """Collects tensors into safetensors files of bounded size and checks them against what is expected."""
+class CheckedWriter(ShardWriter):
+    """Writes the tensors that are expected, and no others."""
 
-    def __init__(self, directory: Path, expected: dict[str, torch.Size]):
-        self.directory = directory
+    def __init__(self, directory: Path, expected: dict[str, torch.Size], max_bytes: int):
+        super().__init__(directory, max_bytes)
         self.expected = expected
         self.written: dict[str, int] = {}
-        self._pending: dict[str, Tensor] = {}
-        self._files: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; raises `InputError` if the model has none of this name and shape."""
@@ -184,31 +178,14 @@ class CheckedWriter:
         if tensor.shape != self.expected[name]:
             raise InputError(f"{name} is {list(tensor.shape)}, expected {list(self.expected[name])}")
         self.written[name] = tensor.numel()
-        self._pending[name] = tensor.contiguous()
-        if sum(t.nbytes for t in self._pending.values()) >= MAX_SHARD_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        file = self.directory / f"part-{len(self._files):05d}"
-        save_file(self._pending, file, metadata={"format": "pt"})
-        self._files.append((file, list(self._pending)))
-        self._pending = {}
+        super().add(name, tensor)
 
     def close(self) -> None:
         """Write the rest and the index; raises `InputError` naming tensors that never came."""
         missing = sorted(set(self.expected) - set(self.written))
         if missing:
             raise InputError(f"the base lacks tensors: {', '.join(missing)}")
-        self._flush()
-        if len(self._files) == 1:
-            self._files[0][0].rename(self.directory / "model.safetensors")
-            return
-        weight_map = {}
-        for number, (file, names) in enumerate(self._files, 1):
-            final = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
-            file.rename(self.directory / final)
-            weight_map.update(dict.fromkeys(names, final))
-        write_json(self.directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+        super().close()
 
 
 def turn_on_spikes(path: str | Path, out: str | Path, spiking: dict[str, Any]) -> None:

@@ -151,6 +151,8 @@ class SpikingBrainPreTrainedModel(PreTrainedModel):
 class SpikingBrainModel(SpikingBrainPreTrainedModel):
     """Embedding, layers, norm."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: SpikingBrainConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)

@@ -4,7 +4,6 @@ arXiv 2509.05276, section 3.4; sparse upcycling, 2212.05055.
 """
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 from transformers.activations import ACT2FN
 
-from .checkpoint import TOKENIZER_FILES, Shards, load_config
+from .checkpoint import Shards, copy_tokenizer, load_config, shard_bytes
 from .config import SpikingBrainConfig
 from .convert import CheckedWriter, expected_tensors
 from .errors import InputError
@@ -52,16 +51,15 @@ def upcycle(
     chosen = [layer for layer, name in enumerate(config.channel_mixers) if name == "moe"]
     shards = Shards(dense)
     with new_directory(out) as directory:
-        writer, new = CheckedWriter(directory, expected_tensors(config)), []
+        writer = CheckedWriter(directory, expected_tensors(config), shard_bytes(shards.largest_bytes))
+        new = []
         for name, tensor, is_new in _tensors(shards, config, chosen, factors, torch.Generator().manual_seed(seed)):
             writer.add(name, tensor)
             new += [name] if is_new else []
         writer.close()
         config.architectures = [SpikingBrainForCausalLM.__name__]
         config.save_pretrained(directory)
-        for name in TOKENIZER_FILES:
-            if (Path(dense) / name).exists():
-                shutil.copy(Path(dense) / name, directory / name)
+        copy_tokenizer(dense, directory)
         errors = {layer: feed_forward_error(shards, config, layer, factors) for layer in chosen}
         report = {
             "dense": str(dense),

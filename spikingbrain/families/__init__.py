@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.core_model_loading import WeightRenaming
 
 from .. import registry
-from ..checkpoint import PickledTensors, Shards, load_config
+from ..checkpoint import Shards, TensorSource, load_config
 from ..config import SpikingBrainConfig
 from ..errors import InputError
 from ..files import read_json
@@ -51,7 +51,7 @@ class Released(NamedTuple):
     """A released checkpoint, opened: `tensors` iterates over the family's own names and gets one tensor at a time."""
 
     config: Any
-    tensors: Shards | PickledTensors
+    tensors: TensorSource
 
 
 class Family(Protocol):

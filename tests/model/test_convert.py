@@ -19,8 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from spikingbrain import InputError
-from spikingbrain import convert as convert_module
+from spikingbrain import InputError, checkpoint
 from spikingbrain.checkpoint import load_model
 from spikingbrain.convert import convert, turn_on_spikes
 
@@ -114,7 +113,7 @@ def test_a_sharded_bf16_base_gives_the_same_tensors_in_bf16(tmp_path, monkeypatc
     base = make_base(tmp_path).bfloat16()
     base.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
     base.save_pretrained(tmp_path / "single")
-    monkeypatch.setattr(convert_module, "MAX_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(checkpoint, "MIN_SHARD_BYTES", 50_000)
     convert(tmp_path / "sharded", tmp_path / "a", ["gla"])
     monkeypatch.undo()
     convert(tmp_path / "single", tmp_path / "b", ["gla"])
@@ -187,7 +186,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert_module, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         convert(tmp_path / "base", tmp_path / "out", ["gla"])
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -199,7 +198,7 @@ def test_interrupting_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_module, "save_file", interrupted)
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "base", tmp_path / "out", ["gla"])
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
