@@ -19,7 +19,7 @@ LAYERS = {
     "num_sinks": 3,
     "window": 7,
 }
-BALANCES = {"none": {"aux_loss": 0.0}, "aux loss": {"aux_loss": 0.1}, "loss-free": {"aux_loss": 0.0, "bias_rate": 0.02}}
+BALANCES = {"none": {"aux_loss": 0.0}, "aux loss": {"aux_loss": 0.5}, "loss-free": {"aux_loss": 0.0, "bias_rate": 0.05}}
 
 
 @pytest.fixture
@@ -48,27 +48,22 @@ def test_a_toy_with_dense_and_expert_layers_learns_and_its_experts_share_the_wor
     config = make_config(model={"init_from": str(base)}, steps=40, optim={"lr": 5e-3}, checkpoint={"every": 40})
     runs.train(1, config)
     rows = runs.rows(config.out)
-    import sys
-
-    for k in ("loss", "expert_load_max", "expert_load_min", "balance_loss"):
-        sys.stdout.write(f"{balance} {k} {[round(r[k], 2) for r in rows][::4]}\n")
-    return
     assert mean(rows[-5:], "loss") < 0.8 * rows[0]["loss"]
-    fullest = mean(rows[-5:], "expert_load_max")
+    assert rows[0]["expert_load_max"] > 2.3
+    fullest, emptiest = mean(rows[-10:], "expert_load_max"), mean(rows[-10:], "expert_load_min")
     if balance == "none":
-        assert fullest > 1.6
+        assert fullest > 3.5
     else:
-        assert rows[0]["expert_load_max"] > 1.6
-        assert fullest < 1.35
-        assert mean(rows[-5:], "expert_load_min") > 0.6
+        assert fullest < 2
+        assert emptiest > 0.2
 
 
-def test_loss_and_balance_do_not_depend_on_how_a_batch_is_divided(make_base, make_config, tmp_path):
+def test_loss_and_balance_do_not_depend_on_how_a_batch_is_divided(make_base, configure, tmp_path):
     base = make_base(aux_loss=0.3, bias_rate=0.02)
     options = {"model": {"init_from": str(base)}, "steps": 4, "optim": {"lr": 5e-3}}
     seen = []
     for name, ranks, micro in (("whole", 1, 4), ("divided", 1, 1), ("two", 2, 2)):
-        config = make_config(**options, batch={"micro": micro}, out=str(tmp_path / name))
+        config = configure(tmp_path / name, **options, batch={"micro": micro})
         runs.train(ranks, config)
         seen.append(runs.rows(config.out))
     for rows in seen[1:]:
@@ -77,12 +72,12 @@ def test_loss_and_balance_do_not_depend_on_how_a_batch_is_divided(make_base, mak
                 assert row[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-def test_a_resumed_run_goes_on_with_the_balance_it_had_and_exports_it(make_base, make_config, tmp_path):
+def test_a_resumed_run_goes_on_with_the_balance_it_had_and_exports_it(make_base, configure, tmp_path):
     base = make_base(aux_loss=0.0, bias_rate=0.25)
     options = {"model": {"init_from": str(base)}, "steps": 4, "optim": {"lr": 5e-3}, "batch": {"micro": 4}}
-    straight = make_config(**options, out=str(tmp_path / "straight"))
+    straight = configure(tmp_path / "straight", **options)
     runs.train(1, straight)
-    stopped = make_config(**options, out=str(tmp_path / "stopped"))
+    stopped = configure(tmp_path / "stopped", **options)
     runs.train_until_killed(1, stopped, 2)
     runs.train(1, stopped)
     assert runs.losses(stopped.out) == runs.losses(straight.out)
