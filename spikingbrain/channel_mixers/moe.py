@@ -1,5 +1,7 @@
 """Mixture of SwiGLU experts: shared ones for every token, of the others a few a token (SpikingBrain-76B)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,8 @@ class Mixer(nn.Module):
         self.router = Router(config.hidden_size, config.moe)
         self.experts = _blocks(config, config.moe["num_experts"])
         self.shared = _blocks(config, config.moe["num_shared"])
-        if self.experts[0].state_specs(torch.float32):
+        expert: Any = self.experts[0]
+        if expert.state_specs(torch.float32):
             raise InputError("a neuron with memory cannot sit in an expert: its tokens come from many sequences")
 
     @staticmethod
