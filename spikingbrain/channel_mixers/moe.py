@@ -1,5 +1,6 @@
 """Mixture of SwiGLU experts: shared ones for every token, of the others a few a token (SpikingBrain-76B)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ class Mixer(nn.Module):
     """
 
     kind = "diagonal"
+    run_experts: Callable[..., Tensor]
 
     def __init__(self, config: SpikingBrainConfig):
         super().__init__()
         self.router = Router(config.hidden_size, config.moe)
         self.experts = _blocks(config, config.moe["num_experts"])
         self.shared = _blocks(config, config.moe["num_shared"])
+        # Expert parallelism puts its own here.
+        self.run_experts = run_experts
         expert: Any = self.experts[0]
         if expert.state_specs(torch.float32):
             raise InputError("a neuron with memory cannot sit in an expert: its tokens come from many sequences")
@@ -61,11 +65,11 @@ class Mixer(nn.Module):
         """`x [N, D]` -> `[N, D]`."""
         routing = self.router(x)
         groups = group(routing.experts, len(self.experts))
-        out = combine(run_experts(list(self.experts), dispatch(x, groups), groups.sizes), groups, routing.weights)
+        out = combine(self.run_experts(list(self.experts), dispatch(x, groups), groups.sizes), groups, routing.weights)
         for expert in self.shared:
             out = out + run_expert(expert, x)
         return out
 
 
-def _blocks(config: SpikingBrainConfig, count: int) -> nn.ModuleList:
+def _blocks(config: SpikingBrainConfig, count: int) -> Any:
     return nn.ModuleList(MixerBlock(config, "channel_mixers", "swiglu") for _ in range(count))

@@ -1,5 +1,6 @@
 """Sequence parallelism: pieces of a row give the loss and gradients of the row and exchange what the formula says."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spikingbrain import SpikingBrainConfig, SpikingBrainForCausalLM
+from spikingbrain.state import StateSpec
 from spikingbrain_training.collectives import Group, make_group
 from spikingbrain_training.config import Loss
 from spikingbrain_training.data import IGNORED, Batch
-from spikingbrain_training.sequence import cut, halo_counts, head_shares
+from spikingbrain_training.sequence import cut, halo_counts, head_shares, make_carrier
 from spikingbrain_training.stages import logits, stage_loss
 
 from . import runs
@@ -187,3 +189,125 @@ def test_a_run_in_pieces_is_the_run_of_one_process(configure, make_config, ours,
     runs.train(ranks, many)
     assert runs.losses(many.out)[0] == pytest.approx(runs.losses(one.out)[0], rel=1e-5)
     assert runs.losses(many.out) == pytest.approx(runs.losses(one.out), rel=1e-4)
+
+
+def gated_delta(q, k, v, beta, log_decay, *, scale, cu_seqlens, state=None):
+    """The delta rule by its definition; the name says how its states compose."""
+    outs, states = [], []
+    for number, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        memory = q.new_zeros(q.shape[2], q.shape[3], v.shape[3]) if state is None else state[number]
+        for t in range(begin, end):
+            memory = memory * log_decay[0, t, :, None].exp()
+            error = beta[0, t] * (v[0, t] - torch.einsum("hk,hkv->hv", k[0, t], memory))
+            memory = memory + k[0, t, :, :, None] * error[:, None]
+            outs.append(scale * torch.einsum("hk,hkv->hv", q[0, t], memory))
+        states.append(memory)
+    return torch.stack(outs)[None], torch.stack(states)
+
+
+def hard_reset(x, *, cu_seqlens, state=None):
+    """A membrane that is emptied where it fires, smoothly, so that gradients can be compared: it does not compose."""
+    outs, states = [], []
+    for number, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        memory = x.new_zeros(x.shape[2]) if state is None else state[number]
+        for t in range(begin, end):
+            memory = 0.8 * memory + x[0, t]
+            fired = torch.sigmoid(4 * (memory - 1))
+            memory = memory * (1 - fired)
+            outs.append(fired)
+        states.append(memory)
+    return torch.stack(outs)[None], torch.stack(states)
+
+
+def short_conv(x, weight, *, cu_seqlens, state=None):
+    """A causal convolution over the last N inputs of each channel."""
+    taps, outs, states = weight.shape[1], [], []
+    for number, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        before = x.new_zeros(taps - 1, x.shape[2]) if state is None else state[number]
+        inputs = torch.cat([before, x[0, begin:end]])
+        outs += [(inputs[t : t + taps] * weight.T).sum(0) for t in range(end - begin)]
+        states.append(inputs[len(inputs) - taps + 1 :])
+    return torch.stack(outs)[None], torch.stack(states)
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1]), dtype=torch.float64)
+
+
+# Op, arguments by token, weights, options, and the kinds of mixer and state.
+HEADS = (1, LENGTH, 2)
+OPS: dict[str, Any] = {
+    "dense": (
+        gated_delta,
+        lambda: (
+            [numbers(*HEADS, 4), numbers(*HEADS, 4) / 3, numbers(*HEADS, 5), numbers(*HEADS, 1).sigmoid()]
+            + [-numbers(*HEADS, 1).abs() / 50]
+        ),
+        lambda: [],
+        {"scale": 0.5},
+        ("dense", StateSpec("recurrent", (2, 4, 5), torch.float64, "recurrent")),
+    ),
+    "serial": (
+        hard_reset,
+        lambda: [numbers(1, LENGTH, 6)],
+        lambda: [],
+        {},
+        ("serial", StateSpec("membrane", (6,), torch.float64, "recurrent")),
+    ),
+    "convolution": (
+        short_conv,
+        lambda: [numbers(1, LENGTH, 6)],
+        lambda: [numbers(6, 14)],
+        {},
+        ("diagonal", StateSpec("inputs", (13, 6), torch.float64, "conv")),
+    ),
+}
+
+
+def run_op(name: str, edges: str, group: Group | None) -> list[Tensor]:
+    """Output and gradients of all arguments, of a piece or of the whole row."""
+    op, make_tokens, make_weights, options, (kind, spec) = OPS[name]
+    tokens = [x.requires_grad_() for x in make_tokens()]
+    weights = [x.requires_grad_() for x in make_weights()]
+    batch = batch_of(EDGES[edges])
+    if group is None:
+        out, _ = op(*tokens, *weights, cu_seqlens=batch.cu_seqlens, **options)
+        (out * numbers(*out.shape).cos()).sum().backward()
+    else:
+        piece = cut(batch, group)
+        here = slice(group.rank * LENGTH // group.size, (group.rank + 1) * LENGTH // group.size)
+        carrier = make_carrier(kind, spec, piece)
+        local = [x[:, here] for x in tokens]
+        out, _ = carrier.carry(op, *local, *weights, cu_seqlens=piece.batch.cu_seqlens, **options)
+        (out * numbers(1, LENGTH, *out.shape[2:]).cos()[:, here]).sum().backward()
+    return [out.detach(), *(x.grad for x in (*tokens, *weights))]
+
+
+def ops_in_pieces(size: int) -> list[Any]:
+    group, results = join(size), []
+    for name in OPS:
+        for edges in EDGES:
+            group.received.clear()
+            out, *gradients = run_op(name, edges, group)
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+            results.append((out, gradients, dict(group.received)))
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_dense_serial_and_convolution_states_pass_between_pieces(size):
+    ranks = run_ranks(size, ops_in_pieces, size)
+    cases = [(name, edges) for name in OPS for edges in EDGES]
+    for (name, edges), *results in zip(cases, *ranks, strict=True):
+        out, *gradients = run_op(name, edges, None)
+        assert close(torch.cat([piece for piece, *_ in results], dim=1), out), (name, edges)
+        for _, totals, _ in results:
+            assert all(map(close, totals, gradients)), (name, edges)
+        # The formula: (P - 1) H K (K + V) numbers forward and backward; a state forward and back.
+        if name == "dense":
+            expected = (size - 1) * 2 * 4 * (4 + 5) * 8
+            assert all(seen == {"all_gather": expected, "reduce_scatter": expected} for *_, seen in results)
+        if name == "serial":
+            per_rank = [6 * 8 * ((rank > 0) + (rank + 1 < size)) for rank in range(size)]
+            assert [seen["relay"] for *_, seen in results] == per_rank

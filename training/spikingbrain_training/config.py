@@ -88,12 +88,16 @@ class Parallel(Group):
     `processes` on this machine (a launcher's world size wins); DeepSpeed's ZeRO stage, `offload_optimizer` to the
     host's memory, `activation_checkpointing` to compute each layer's activations again in the backward pass.
     `sequence`: ranks that share each sequence; `scan`: how the states of linear layers pass between them.
+    `expert`: ranks that share the experts; with `expert_capacity` (which does change what is computed) an expert takes
+    at most so many times its even share of tokens, and the others are counted.
     """
 
     processes: int = Field(default=1, gt=0)
     zero: Literal[0, 1, 2, 3] = 1
     sequence: int = Field(default=1, gt=0)
     scan: Literal["all_gather", "pipelined"] = "all_gather"
+    expert: int = Field(default=1, gt=0)
+    expert_capacity: float | None = Field(default=None, gt=0)
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
 
@@ -169,6 +173,8 @@ class TrainConfig(Group):
         shared = self.parallel.sequence
         if processes % shared:
             raise InputError(f"{processes} processes are no multiple of parallel.sequence {shared}")
+        if processes % self.parallel.expert:
+            raise InputError(f"{processes} processes are no multiple of parallel.expert {self.parallel.expert}")
         tokens = self.batch.micro * self.data.sequence_length
         if tokens % shared:
             raise InputError(f"{shared} ranks cannot share {tokens} tokens evenly (batch.micro x sequence_length)")

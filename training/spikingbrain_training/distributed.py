@@ -20,12 +20,13 @@ TIMEOUT = timedelta(minutes=30)
 
 
 class World(NamedTuple):
-    """This process among all. `sequence`: the ranks that share its sequences, or None where it has whole ones."""
+    """This process among all. `sequence`: the ranks that share its sequences, `expert`: its experts; None: it alone."""
 
     rank: int
     size: int
     device: torch.device
     sequence: Group | None = None
+    expert: Group | None = None
 
     @property
     def replica(self) -> tuple[int, int]:
@@ -34,10 +35,10 @@ class World(NamedTuple):
         return self.rank // shared, self.size // shared
 
 
-def start(out: Path, shared: int = 1) -> World:
+def start(out: Path, sequence: int = 1, expert: int = 1) -> World:
     """Join the process group (gloo on CPU, nccl on GPU) of the launcher, or make one of this process alone.
 
-    `shared` neighbouring ranks have each sequence together.
+    `sequence` neighbouring ranks have each sequence together, `expert` neighbouring ranks the experts.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -53,7 +54,8 @@ def start(out: Path, shared: int = 1) -> World:
     deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=TIMEOUT, verbose=False)
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     rank = int(os.environ["RANK"])
-    return World(rank, size, device, make_group(rank, size, shared) if shared > 1 else None)
+    groups = (make_group(rank, size, width) if width > 1 else None for width in (sequence, expert))
+    return World(rank, size, device, *groups)
 
 
 def _free_port() -> int:

@@ -58,6 +58,8 @@ def check_inputs(config: TrainConfig) -> None:
             Shards(path)
     if config.parallel.sequence > 1:
         _require_pieces(config)
+    if config.parallel.expert > 1:
+        _require_experts(config)
     if config.model.tokenizer:
         load_tokenizer(config.model.tokenizer)
     if config.optim.new_lr and not (config.model.mixers or new_parameters(source)):
@@ -85,6 +87,12 @@ def _require_pieces(config: TrainConfig) -> None:
             raise InputError(
                 f"parallel.sequence: {path} is a {known.model_type} model; only ours read parts of sequences"
             )
+
+
+def _require_experts(config: TrainConfig) -> None:
+    experts = (getattr(student_config(config), "moe", None) or {}).get("num_experts", 0)
+    if not experts or experts % config.parallel.expert:
+        raise InputError(f"parallel.expert: {config.parallel.expert} ranks cannot share {experts} experts evenly")
 
 
 def _require_vocabulary(teacher: Path, vocabulary: int) -> None:

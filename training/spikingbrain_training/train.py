@@ -17,6 +17,7 @@ from .config import Optim, TrainConfig
 from .data import Batch, Samples, micro_batches, open_data
 from .directory import MODEL
 from .distributed import World
+from .expert import dropped_tokens, share_experts
 from .export import export
 from .faults import NonFinite, expect_progress, skip, skipped
 from .flops import flops_per_token
@@ -38,7 +39,7 @@ def train(config: TrainConfig) -> None:
     """Run or resume `config`; leaves the model in `out/model`. Raises `Interrupted` after a signal."""
     if (config.out / MODEL).exists():
         return
-    world = distributed.start(config.out, config.parallel.sequence)
+    world = distributed.start(config.out, config.parallel.sequence, config.parallel.expert)
     stop = StopSignal()
     while True:
         try:
@@ -59,6 +60,8 @@ def _run(config: TrainConfig, world: World, stop: "StopSignal") -> None:
         checkpoint.load_weights(student, config.out, first)
     flops = flops_per_token(student, config.data.sequence_length)
     new = distributed.new_parameters(start_of(config))
+    if world.expert:
+        share_experts(student, world.expert, config.parallel.expert_capacity)
     engine = distributed.make_engine(student, config, world, first, new)
     if first:
         checkpoint.load_moments(engine, world, config.out, first)
@@ -131,6 +134,7 @@ def train_step(
     if norm is not None and not math.isfinite(norm):
         raise NonFinite(step, "in a gradient")
     sums = sums.over_processes(world)
+    (dropped,) = distributed.total(world, dropped_tokens(engine.module))
     balance.shift_(engine.module, sums.loads)
     if watched:
         metrics.histograms(step + 1, seen)
@@ -140,6 +144,7 @@ def train_step(
         "grad_norm": norm,
         "tokens": targets,
         **balance.metrics(sums, targets),
+        **({"dropped_tokens": int(dropped)} if world.expert else {}),
     }
 
 
