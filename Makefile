@@ -7,7 +7,7 @@ OLDER_TRANSFORMERS := 5.19.0
 # Tests of several processes and timings of the demo must not see a thread pool larger than the machine.
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check docs-links test-transformers clean
+.PHONY: help setup demo test check docs-links test-transformers test-page test-clients soak clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -45,6 +45,19 @@ test-transformers: ## smoke test on an older transformers, in an environment of 
 	.venv-transformers/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-transformers/bin/pip install -q torch==$(TORCH)
 	.venv-transformers/bin/pip install -q -e . pytest transformers==$(OLDER_TRANSFORMERS)
 	.venv-transformers/bin/python -m pytest -q tests/kernels tests/model
+
+test-page: setup ## the page in a headless Chromium, which has to be installed
+	@command -v chromium chromium-browser google-chrome > /dev/null || { echo "needs Chromium"; exit 2; }
+	$(PYTEST) tests/serving/test_page.py
+
+test-clients: setup ## real clients (litellm, langchain-openai) in an environment of their own, against our server
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q litellm langchain-openai
+	$(BIN)/python -m tests.serving.clients .venv-clients/bin/python
+
+soak: setup      ## load, cancellation, fuzz and long sessions against the server; figures to benchmarks/results
+	mkdir -p benchmarks/results
+	$(BIN)/python -m tests.serving.soak --out benchmarks/results/soak-serving.json
 
 clean:           ## remove environments and what the demo made
 	rm -rf .venv .venv-* demo-work demo-report
