@@ -7,7 +7,7 @@ OLDER_TRANSFORMERS := 5.19.0
 # Tests of several processes and timings of the demo must not see a thread pool larger than the machine.
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check docs-links test-transformers soak-training clean
+.PHONY: help setup demo test check test-transformers test-page test-clients soak soak-training soak-serving clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -46,8 +46,23 @@ test-transformers: ## smoke test on an older transformers, in an environment of 
 	.venv-transformers/bin/pip install -q -e . pytest transformers==$(OLDER_TRANSFORMERS)
 	.venv-transformers/bin/python -m pytest -q tests/kernels tests/model
 
+soak: soak-training soak-serving ## everything that takes long
+
 soak-training: setup ## kill a run twenty times, inside checkpoint writes too, and compare it with one that was not
 	$(BIN)/python benchmarks/soak_training.py --kills 20
+
+test-page: setup ## the page in a headless Chromium, which has to be installed
+	@command -v chromium chromium-browser google-chrome > /dev/null || { echo "needs Chromium"; exit 2; }
+	$(PYTEST) tests/serving/test_page.py
+
+test-clients: setup ## real clients (litellm, langchain-openai) in an environment of their own, against our server
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q litellm langchain-openai
+	$(BIN)/python -m tests.serving.clients .venv-clients/bin/python
+
+soak-serving: setup ## load, cancellation, fuzz and long sessions against the server; figures to benchmarks/results
+	mkdir -p benchmarks/results
+	$(BIN)/python -m tests.serving.soak --out benchmarks/results/soak-serving.json
 
 clean:           ## remove environments and what the demo made
 	rm -rf .venv .venv-* demo-work demo-report

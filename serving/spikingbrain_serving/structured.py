@@ -11,6 +11,8 @@ from torch import Tensor
 from .errors import InvalidRequest
 
 MAX_GRAMMAR_CHARACTERS = 100_000
+# As `json.dumps` writes: where any white space is allowed, a model can write nothing else for ever.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class StructuredOutput:
     def grammar(self, matcher: Any) -> str:
         """The grammar, through `matcher`, which is llguidance's `LLMatcher`."""
         if self.kind == "json":
-            return matcher.grammar_from_json_schema(self.value)
+            return matcher.grammar_from_json_schema(self.value, JSON_STYLE)
         if self.kind == "regex":
             return matcher.grammar_from_regex(self.value)
         if self.kind == "choice":

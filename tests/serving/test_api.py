@@ -121,7 +121,7 @@ class TestResponses:
 
 
 class TestSessions:
-    def test_a_session_is_saved_restored_forked_and_deleted(self, served):
+    def test_a_session_is_saved_restored_forked_and_deleted(self, served, tokenizer):
         prompt = "the state does not grow " * 20
         saved = post(served, "/v1/sessions", {"id": "mine", "prompt": prompt})
         assert saved["num_tokens"] > 60
@@ -129,7 +129,8 @@ class TestSessions:
         assert fork["parent"] == "mine"
         listed = json.loads(served.ask("/v1/sessions")[1])["data"]
         assert {"mine", "yours"} <= {session["id"] for session in listed}
-        whole = served.client.completions.create(model="tiny", prompt=prompt + PROMPTS[0], **GREEDY)
+        tokens = tokenizer.encode(prompt) + tokenizer.encode(PROMPTS[0])
+        whole = served.client.completions.create(model="tiny", prompt=tokens, **GREEDY)
         for name in ("mine", "yours"):
             body = {"prompt": PROMPTS[0], "session": name, **GREEDY}
             answer = post(served, "/v1/completions", body)
@@ -235,8 +236,8 @@ def test_a_bias_and_stop_tokens_do_what_they_say(served, tokenizer):
 def test_spikes_come_with_the_tokens_that_asked_for_them(served):
     answer = post(served, "/v1/completions", {"prompt": "a", **GREEDY, "return_spikes": True})
     spikes = answer["choices"][0]["spikes"]
-    # The prompt is one token, so that every token of the output comes from a step of decoding.
-    assert len(spikes) == 24
+    # The first token comes from the prompt, each of the others from a step of decoding.
+    assert len(spikes) == 23
     assert {len(counts) for column in spikes for counts in column.values()} == {48}
     assert any(count for column in spikes for counts in column.values() for count in counts)
 
@@ -299,14 +300,15 @@ def test_a_form_of_another_page_cannot_post(served):
     assert served.ask("/v1/completions", raw=raw, **{"Content-Type": "text/plain"})[0] == 400
 
 
-class TestLimits:
-    @pytest.fixture(scope="class")
-    def small(self, model_dir):
-        settings = HttpSettings(api_keys=("first", "second"), max_body_bytes=5000, max_prompts=3, request_timeout=0.5)
-        limits = {"max_num_seqs": 1, "max_num_waiting": 1, "max_model_len": 200_000}
-        with serving(model_dir, settings, **limits) as server:
-            yield server
+@pytest.fixture(scope="module")
+def small(model_dir):
+    settings = HttpSettings(api_keys=("first", "second"), max_body_bytes=5000, max_prompts=3, request_timeout=0.5)
+    limits = {"max_num_seqs": 1, "max_num_waiting": 1, "max_model_len": 200_000}
+    with serving(model_dir, settings, **limits) as server:
+        yield server
 
+
+class TestLimits:
     def test_every_route_but_health_needs_a_key(self, small):
         for path in ("/", "/v1/models", "/metrics", "/version", "/openapi.json", "/docs", "/v1/sessions", "/none"):
             assert small.ask(path)[0] == 401
