@@ -112,10 +112,10 @@ def _fill(group: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[s
 
 def check_spiking(spiking: dict[str, Any]) -> None:
     """Raise `InputError` unless the neuron accepts its parameters and the code can carry the neuron's counts."""
-    neuron = registry.load("neurons", spiking["neuron"]).Neuron
+    make = registry.load("neurons", spiking["neuron"]).Neuron
     code = registry.load("codes", spiking["code"])
     try:
-        neuron(**spiking["params"])
+        neuron = make(1, **spiking["params"])
     except TypeError as error:
         raise InputError(f"spiking.params do not fit neuron {spiking['neuron']!r}: {error}") from None
     if neuron.signed and not code.SIGNED:

@@ -205,15 +205,3 @@ class _Writer:
             file.rename(self.directory / final)
             weight_map.update(dict.fromkeys(names, final))
         write_json(self.directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-
-
-def turn_on_spikes(path: str | Path, out: str | Path, spiking: dict[str, Any]) -> None:
-    """Write the model of `path` to `out` with `spiking` in its config; the weights stay as they are."""
-    config = load_config(path)
-    if not isinstance(config, SpikingBrainConfig):
-        raise InputError(f"{path} is a {config.model_type} model; convert it first")
-    keys = {**config.to_dict(), "spiking": spiking}
-    Shards(path)
-    with new_directory(out) as directory:
-        shutil.copytree(path, directory, dirs_exist_ok=True)
-        type(config).from_dict(keys).save_pretrained(directory)

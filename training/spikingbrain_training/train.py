@@ -18,7 +18,7 @@ from .config import Optim, TrainConfig
 from .data import TokenDataset, micro_batches
 from .distributed import World
 from .metrics import Metrics
-from .stages import make_student, make_teacher, stage_loss
+from .stages import make_student, make_teacher, step_loss
 
 
 class Interrupted(Exception):
@@ -70,9 +70,9 @@ def train_step(
         group["lr"] = group["peak_lr"] * scale
     summed = 0.0
     for batch in batches:
-        loss = stage_loss(engine, teacher, type(batch)(*(x.to(world.device) for x in batch)), config.loss)
+        loss, pressure = step_loss(engine, teacher, type(batch)(*(x.to(world.device) for x in batch)), config, step)
         # DeepSpeed divides by the number of micro batches and of processes; the loss is divided by tokens only.
-        engine.backward(loss * (len(batches) * world.size / targets))
+        engine.backward((loss + pressure) * (len(batches) * world.size / targets))
         norm = distributed.take_step(engine)
         summed += float(loss.detach())
     (summed,) = distributed.total(world, summed)
