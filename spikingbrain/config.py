@@ -164,10 +164,10 @@ def check_moe(moe: dict[str, Any], channel_mixers: list[str]) -> None:
 
 def check_spiking(spiking: dict[str, Any]) -> None:
     """Raise `InputError` unless the neuron accepts its parameters and the code can carry the neuron's counts."""
-    neuron = registry.load("neurons", spiking["neuron"]).Neuron
+    make = registry.load("neurons", spiking["neuron"]).Neuron
     code = registry.load("codes", spiking["code"])
     try:
-        neuron(**spiking["params"])
+        neuron = make(1, **spiking["params"])
     except TypeError as error:
         raise InputError(f"spiking.params do not fit neuron {spiking['neuron']!r}: {error}") from None
     if neuron.signed and not code.SIGNED:

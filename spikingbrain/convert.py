@@ -1,7 +1,6 @@
 """From a Hugging Face Transformer to our decoder: layer by layer, every tensor accounted for."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,15 +185,3 @@ class CheckedWriter(ShardWriter):
         if missing:
             raise InputError(f"the base lacks tensors: {', '.join(missing)}")
         super().close()
-
-
-def turn_on_spikes(path: str | Path, out: str | Path, spiking: dict[str, Any]) -> None:
-    """Write the model of `path` to `out` with `spiking` in its config; the weights stay as they are."""
-    config = load_config(path)
-    if not isinstance(config, SpikingBrainConfig):
-        raise InputError(f"{path} is a {config.model_type} model; convert it first")
-    keys = {**config.to_dict(), "spiking": spiking}
-    Shards(path)
-    with new_directory(out) as directory:
-        shutil.copytree(path, directory, dirs_exist_ok=True)
-        type(config).from_dict(keys).save_pretrained(directory)

@@ -25,7 +25,7 @@ class MixerBlock(nn.Module):
 
     def __init__(self, config: SpikingBrainConfig, folder: str, names: str):
         super().__init__()
-        self.names = names.split("+")
+        self.folder, self.names = folder, names.split("+")
         modules = {name: registry.load(folder, name).Mixer for name in self.names}
         self.projections: dict[str, Projection] = {}
         for mixer in modules.values():
@@ -45,23 +45,36 @@ class MixerBlock(nn.Module):
             linear = SpikingLinear if spiking else nn.Linear
             self.add_module(name, linear(projection.in_features, projection.out_features, projection.bias))
             if spiking and projection.source not in self.encoders:
-                self.encoders[projection.source] = SpikeEncoder(config.spiking)
+                self.encoders[projection.source] = SpikeEncoder(config.spiking, projection.in_features)
+
+    def readers(self, source: str) -> list[nn.Linear]:
+        """The projections that read the spikes of one source."""
+        linears = {name: self.get_submodule(name) for name, p in self.projections.items() if p.source == source}
+        return [linear for linear in linears.values() if isinstance(linear, SpikingLinear)]
 
     def _mixer(self, name: str) -> Any:
         return self.get_submodule(name)
 
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
-        """The states of its mixers, named `mixer.state`."""
-        specs = []
-        for name in self.names:
-            for spec in self._mixer(name).state_specs(dtype):
-                specs.append(StateSpec(f"{name}.{spec.name}", spec.shape, spec.dtype, spec.kind, spec.shard_dim))
-        return specs
+        """The states of its mixers and of its neurons, named `mixer.state` and `folder.source.state`."""
+        parts = {name: self._mixer(name) for name in self.names}
+        parts |= {f"{self.folder}.{source}": encoder.neuron for source, encoder in self.encoders.items()}
+        return [
+            StateSpec(f"{name}.{spec.name}", spec.shape, spec.dtype, spec.kind, spec.shard_dim)
+            for name, part in parts.items()
+            for spec in part.state_specs(dtype)
+        ]
 
-    def _project(self, inputs: dict[str, Tensor], *, mixed: bool) -> dict[str, Tensor]:
-        """Apply the projections before (or, `mixed`, after) the mixing; a result can be another one's source."""
+    def _project(
+        self, inputs: dict[str, Tensor], state: LayerState, context: dict[str, Any], *, mixed: bool
+    ) -> tuple[dict[str, Tensor], LayerState]:
+        """Apply the projections before (or, `mixed`, after) the mixing; a result can be another one's source.
+
+        Returns the results and the new states of the neurons.
+        """
         results: dict[str, Tensor] = {}
         spikes: dict[str, Any] = {}
+        after: LayerState = {}
         for name, projection in self.projections.items():
             source = projection.source
             if (source == "mixed") != mixed:
@@ -70,23 +83,25 @@ class MixerBlock(nn.Module):
             linear = self.get_submodule(name)
             if isinstance(linear, SpikingLinear):
                 if source not in spikes:
-                    spikes[source] = self.encoders[source](x)
+                    place = f"{self.folder}.{source}"
+                    spikes[source] = self.encoders[source](x, _part(state, place), **context)
+                    after.update(_named(place, spikes[source].state))
                 x = spikes[source]
             results[name] = linear(x)
-        return results
+        return results, after
 
     def forward(self, hidden: Tensor, state: LayerState, **context: Any) -> tuple[Tensor, LayerState]:
         """`hidden [B, T, D]` -> `[B, T, D]` and the new state."""
-        p = {"hidden": hidden, **self._project({"hidden": hidden}, mixed=False)}
-        outputs, after = [], {}
+        p, after = self._project({"hidden": hidden}, state, context, mixed=False)
+        p["hidden"] = hidden
+        outputs = []
         for name in self.names:
-            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            output, own = self._mixer(name).mix(p, own, **context)
+            output, own = self._mixer(name).mix(p, _part(state, name), **context)
             outputs.append(output)
-            after.update({f"{name}.{key}": value for key, value in own.items()})
+            after.update(_named(name, own))
         mixed = self._merge(outputs)
-        back = self._project({"mixed": mixed}, mixed=True)
-        return next(iter(back.values()), mixed), after
+        back, fired = self._project({"mixed": mixed}, state, context, mixed=True)
+        return next(iter(back.values()), mixed), {**after, **fired}
 
     def _merge(self, outputs: list[Tensor]) -> Tensor:
         if len(outputs) == 1:
@@ -94,6 +109,16 @@ class MixerBlock(nn.Module):
         norms: list[Any] = [self.branch_norm[name] for name in self.names]
         by_head = [norm(x.unflatten(-1, (-1, *norm.normalized_shape))) for norm, x in zip(norms, outputs, strict=True)]
         return torch.stack(by_head).mean(0).flatten(-2)
+
+
+def _part(state: LayerState, name: str) -> LayerState:
+    """The entries `name.key` of a state, as `key`."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+def _named(name: str, state: LayerState) -> LayerState:
+    """The inverse of `_part`."""
+    return {f"{name}.{key}": value for key, value in state.items()}
 
 
 class DecoderLayer(GradientCheckpointingLayer):

@@ -10,7 +10,7 @@ from .codes import encode
 from .model import MixerBlock
 from .spiking import SpikeEncoder, SpikeRecord
 
-GAUSSIAN_TOKENS, GAUSSIAN_CHANNELS = 512, 1024
+GAUSSIAN_TOKENS = 512
 
 
 def spike_statistics(counts: Tensor, code: str, steps: int | None = None) -> dict[str, float]:
@@ -66,9 +66,9 @@ def recorded_statistics(model: nn.Module, record: SpikeRecord) -> dict[str, Any]
     }
 
 
-def gaussian_statistics(encoder: nn.Module, code: str) -> dict[str, float]:
+def gaussian_statistics(encoder: SpikeEncoder, code: str) -> dict[str, float]:
     """What the neuron does with standard normal noise: the figure a trained model's is to be compared with."""
-    noise = torch.randn(GAUSSIAN_TOKENS, GAUSSIAN_CHANNELS, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(GAUSSIAN_TOKENS, encoder.neuron.channels, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return spike_statistics(encoder(noise).counts, code)
 

@@ -47,6 +47,13 @@ def mixers(request) -> list[str]:
     return [request.param]
 
 
-@pytest.fixture(params=["dense", "spiking"])
+SPIKING = {
+    "dense": None,
+    "spiking": {"neuron": "adaptive", "params": {"k": 3.0}},
+    "remembering": {"neuron": "ni_lif", "params": {"v_th": 0.02, "levels": 63, "decay": 0.5}},
+}
+
+
+@pytest.fixture(params=SPIKING)
 def spiking(request) -> dict | None:
-    return None if request.param == "dense" else {"neuron": "adaptive", "params": {"k": 3.0}}
+    return SPIKING[request.param]

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from spikingbrain import InputError, checkpoint
+from spikingbrain.calibration import turn_on_spikes
 from spikingbrain.checkpoint import load_model
-from spikingbrain.convert import convert, turn_on_spikes
+from spikingbrain.convert import convert
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

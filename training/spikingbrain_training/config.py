@@ -60,13 +60,16 @@ class Batch(Group):
 
 
 class Optim(Group):
-    """AdamW. `new_lr`: learning rate of the parameters that conversion added. `gradient_clipping` 0 is off.
+    """AdamW. `new_lr`: learning rate of the parameters that conversion added; `neuron_lr`: of the neurons' own.
+
+    `gradient_clipping` 0 is off.
 
     The rate rises over `warmup_steps`, then stays or falls along a cosine to `final_fraction` of its peak.
     """
 
     lr: float = Field(gt=0)
     new_lr: float | None = Field(default=None, gt=0)
+    neuron_lr: float | None = Field(default=None, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
@@ -80,6 +83,22 @@ class Loss(Group):
 
     temperature: float = Field(default=1.0, gt=0)
     ce_weight: float = Field(default=0.0, ge=0)
+
+
+class Silence(Group):
+    """Pressure on a spiking model: `weight` nats a token for each missing share of weights that need not be read.
+
+    `target` is the share wanted at the end; what is wanted rises from 0 to it, evenly, over the first `ramp` of the
+    steps. The neuron needs thresholds that can be learned.
+    """
+
+    target: float = Field(gt=0, lt=1)
+    weight: float = Field(default=1.0, gt=0)
+    ramp: float = Field(default=0.5, ge=0, le=1)
+
+    def wanted(self, step: int, steps: int) -> float:
+        """The share wanted at `step` (from 0): a pure function, so that resuming needs no state."""
+        return self.target * min(1.0, (step + 1) / max(1.0, self.ramp * steps))
 
 
 class Parallel(Group):
@@ -153,6 +172,7 @@ class TrainConfig(Group):
     teacher: Path | None = None
     spiking: dict[str, Any] | None = None
     loss: Loss = Loss()
+    silence: Silence | None = None
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     watch: Watch = Watch()
@@ -166,6 +186,8 @@ class TrainConfig(Group):
             raise ValueError("stage pretrain has no teacher; choose distil or spike")
         if (self.stage == "spike") != (self.spiking is not None):
             raise ValueError("spiking belongs to stage spike, and stage spike needs it")
+        if self.silence and not self.spiking:
+            raise ValueError("silence belongs to stage spike")
         return self
 
     def accumulation(self, processes: int) -> int:

@@ -133,6 +133,7 @@ def parameter_groups(model: nn.Module, optim: Optim, new: set[str]) -> list[dict
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         rate = optim.new_lr if optim.new_lr and name in new else optim.lr
+        rate = optim.neuron_lr if optim.neuron_lr and ".neuron." in name else rate
         decay = optim.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from spikingbrain.calibration import check_target, spiking_model
 from spikingbrain.checkpoint import load_config, load_model
 from spikingbrain.config import SpikingBrainConfig
 from spikingbrain.convert import convert, target_config
 from spikingbrain.errors import InputError
 from spikingbrain.files import read_json
+from spikingbrain.spiking import collect_silence
 from spikingbrain_kernels import state_dtype
 
 from .config import Loss, TrainConfig
@@ -62,6 +64,8 @@ def student_config(config: TrainConfig) -> PreTrainedConfig:
         return ours
     if not isinstance(ours, SpikingBrainConfig):
         raise InputError(f"{config.model.init_from} is a {ours.model_type} model; convert it before it can spike")
+    if config.silence:
+        check_target(config.spiking["neuron"], config.silence.target)
     return type(ours).from_dict({**ours.to_dict(), "spiking": config.spiking})
 
 
@@ -84,7 +88,7 @@ def make_student(config: TrainConfig) -> Any:
         return AutoModelForCausalLM.from_config(ours, dtype=torch.float32).train()
     if config.spiking is None:
         return load_model(source, torch.float32).train()
-    return AutoModelForCausalLM.from_pretrained(source, config=ours, dtype=torch.float32, local_files_only=True).train()
+    return spiking_model(source, config.spiking, torch.float32).train()
 
 
 def make_teacher(path: Path | None) -> Any:
@@ -136,3 +140,15 @@ def stage_loss(student: Any, teacher: Any, batch: Batch | Piece, loss: Loss) -> 
     if loss.ce_weight:
         total = total + loss.ce_weight * cross_entropy(mine, labels, ignore_index=IGNORED, reduction="sum")
     return total
+
+
+def step_loss(
+    student: Any, teacher: Any, batch: Batch | Piece, config: TrainConfig, step: int
+) -> tuple[Tensor, Tensor | float]:
+    """The batch's summed loss at `step` and, beside it, the pressure towards silence, in nats too."""
+    if config.silence is None:
+        return stage_loss(student, teacher, batch, config.loss), 0.0
+    with collect_silence(getattr(student, "module", student)) as shares:
+        loss = stage_loss(student, teacher, batch, config.loss)
+    missing = config.silence.wanted(step, config.steps) - torch.stack(shares).sum()
+    return loss, config.silence.weight * missing.clamp(min=0) * batch.num_targets

@@ -23,7 +23,7 @@ from .faults import NonFinite, expect_progress, skip, skipped
 from .flops import flops_per_token
 from .metrics import Metrics
 from .sequence import Piece, cut
-from .stages import make_student, make_teacher, stage_loss, start_of
+from .stages import make_student, make_teacher, start_of, step_loss
 from .watching import first_non_finite, watch
 
 
@@ -122,13 +122,14 @@ def train_step(
     sums = balance.Sums.zero(engine.module)
     for batch in batches:
         batch = batch.to(world.device)
+        again = partial(forward, engine, teacher, batch, config, step)
         context: Any = watch(engine.module) if watched else nullcontext({})
         with context as seen, record_routing(engine.module) as record:
-            loss = forward(engine, teacher, batch, config)
-        _require_finite(loss, engine, partial(forward, engine, teacher, batch, config), step, world)
+            loss, pressure = again()
+        _require_finite(loss, engine, again, step, world)
         unevenness = balance.loss(engine.module, record, len(batch.labels))
         # DeepSpeed divides by the number of micro batches and of processes; the loss is divided by tokens only.
-        engine.backward((loss + unevenness) * (len(batches) * world.size / targets))
+        engine.backward((loss + unevenness + pressure) * (len(batches) * world.size / targets))
         norm = distributed.take_step(engine)
         sums = sums.add(loss, unevenness, record)
     if norm is not None and not math.isfinite(norm):
@@ -148,13 +149,15 @@ def train_step(
     }
 
 
-def forward(engine: Any, teacher: Any, batch: Batch | Piece, config: TrainConfig) -> Tensor:
-    """The summed loss of a micro batch, in the precision that the config asks for."""
+def forward(
+    engine: Any, teacher: Any, batch: Batch | Piece, config: TrainConfig, step: int
+) -> tuple[Tensor, Tensor | float]:
+    """The summed loss of a micro batch and the pressure towards silence, in the precision that the config asks for."""
     with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        return stage_loss(engine, teacher, batch, config.loss)
+        return step_loss(engine, teacher, batch, config, step)
 
 
-def _require_finite(loss: Tensor, engine: Any, again: Callable[[], Tensor], step: int, world: World) -> None:
+def _require_finite(loss: Tensor, engine: Any, again: Callable[[], Any], step: int, world: World) -> None:
     (bad,) = distributed.largest(world, int(not math.isfinite(float(loss.detach()))))
     if bad:
         found = distributed.everywhere(world, first_non_finite(engine.module, again))
