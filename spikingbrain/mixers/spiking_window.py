@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import registry
 from ..config import SPIKING_DEFAULTS, SpikingBrainConfig
+from ..errors import InputError
 from ..neurons import straight_through
 from . import sliding_window
 
@@ -21,12 +22,14 @@ class Mixer(sliding_window.Mixer):
     def __init__(self, config: SpikingBrainConfig):
         super().__init__(config)
         spiking = config.spiking or SPIKING_DEFAULTS
-        self.neuron = registry.load("neurons", spiking["neuron"]).Neuron(**spiking["params"])
+        self.neuron = registry.load("neurons", spiking["neuron"]).Neuron(config.head_dim, **spiking["params"])
+        if not self.neuron.parallel:
+            raise InputError(f"spiking_window: {spiking['neuron']} has a memory; queries fire token by token")
 
     def heads(self, p: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v by head `[B, T, H, D]`, rotated, then quantised."""
         q, k, v = super().heads(p, positions)
-        counts, scale = self.neuron(q)
+        counts, scale, _ = self.neuron.fire(q)
         return (counts * scale).to(q.dtype), quantized(k), quantized(v)
 
 
