@@ -29,7 +29,7 @@ def _register() -> None:
         family = registry.load("families", name)
         AutoConfig.register(name, family.Config, exist_ok=True)
         AutoModelForCausalLM.register(family.Config, family.ForCausalLM, exist_ok=True)
-        register_checkpoint_conversion_mapping(name, renamings(family), overwrite=True)
+        register_checkpoint_conversion_mapping(name, renamings(family.NAMES), overwrite=True)
 
 
 _register()

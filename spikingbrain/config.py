@@ -20,6 +20,7 @@ MOE_DEFAULTS: dict[str, Any] = {
     "aux_loss": 0.01,
     "bias_rate": 0.0,
 }
+LIF_DEFAULTS = {"tau": 2.0, "v_th": 1.0, "v_reset": 0.0, "decay_input": True}
 SPIKING_DEFAULTS: dict[str, Any] = {"neuron": "adaptive", "code": "bitwise", "params": {}, "exclude": []}
 
 # Keys that transformers itself writes into config.json or passes on.
@@ -52,6 +53,9 @@ class SpikingBrainConfig(PreTrainedConfig):
     moe: `{num_experts, top_k, num_shared, score, aux_loss, bias_rate}` of the layers whose channel mixer is "moe", None
     without any: routed experts, how many of them a token is sent to, experts all tokens are sent to, "softmax" or
     "sigmoid" of the router, weight of the balance loss, step of the loss-free balance.
+    norm: `rms_norm`, `simple_rms_norm` (no weight) or `layer_norm`, before every block and the head. conv_size: taps of
+    mixers with a short convolution. embedding_norm: a norm after the embedding. spike_embedding: only the embedding's
+    signs are used. lif: None, or `{tau, v_th, v_reset, decay_input}`: every block's output passes spiking neurons.
     spiking: None, or `{neuron, code, params, exclude}`; `exclude` names projections that stay dense.
 
     Raises `InputError` for an unknown key or name.
@@ -84,6 +88,11 @@ class SpikingBrainConfig(PreTrainedConfig):
     num_sinks: int = 0
     gate: dict | None = None
     moe: dict | None = None
+    norm: str = "rms_norm"
+    conv_size: int = 4
+    embedding_norm: bool = False
+    spike_embedding: bool = False
+    lif: dict | None = None
     spiking: dict | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -99,6 +108,8 @@ class SpikingBrainConfig(PreTrainedConfig):
         if self.moe is not None or "moe" in self.channel_mixers:
             self.moe = _fill("moe", self.moe or {}, MOE_DEFAULTS)
             check_moe(self.moe, self.channel_mixers)
+        if self.lif is not None:
+            self.lif = _fill("lif", self.lif, LIF_DEFAULTS)
         if self.spiking is not None:
             self.spiking = _fill("spiking", self.spiking, SPIKING_DEFAULTS)
             check_spiking(self.spiking)

@@ -1,5 +1,7 @@
 """The one decoder: every layer projects, mixes and projects back; training, generate() and the engines call `step`."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +13,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from . import registry
 from .config import SpikingBrainConfig
 from .errors import InputError
+from .lif import LIF
 from .mixers import Projection
+from .norm import make_norm
 from .spiking import SpikeEncoder, SpikingLinear
-from .state import LayerState, StateCache, StateSpec
+from .state import LayerState, StateCache, StateSpec, owned, part
+from .surrogates import atan, heaviside
 
 
 class MixerBlock(nn.Module):
@@ -25,17 +30,16 @@ class MixerBlock(nn.Module):
 
     def __init__(self, config: SpikingBrainConfig, folder: str, names: str):
         super().__init__()
-        self.folder, self.names = folder, names.split("+")
+        self.names = names.split("+")
         modules = {name: registry.load(folder, name).Mixer for name in self.names}
-        self.projections: dict[str, Projection] = {}
-        for mixer in modules.values():
-            self.projections = {**mixer.projections(config), **self.projections}
+        self.projections = _shared(names, [mixer.projections(config) for mixer in modules.values()])
         for name, mixer in modules.items():
             self.add_module(name, mixer(config))
         if len(self.names) > 1:
             norm = {name: nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) for name in self.names}
             self.branch_norm = nn.ModuleDict(norm)
         self._add_projections(config)
+        self.lif = LIF(config) if config.lif else None
 
     def _add_projections(self, config: SpikingBrainConfig) -> None:
         exclude = config.spiking["exclude"] if config.spiking else []
@@ -56,13 +60,14 @@ class MixerBlock(nn.Module):
         return self.get_submodule(name)
 
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
-        """The states of its mixers and of its neurons, named `mixer.state` and `folder.source.state`."""
+        """The states of its mixers and of its neurons, named `mixer.state` and `neurons.source.state`."""
         parts = {name: self._mixer(name) for name in self.names}
-        parts |= {f"{self.folder}.{source}": encoder.neuron for source, encoder in self.encoders.items()}
+        parts |= {f"neurons.{source}": encoder.neuron for source, encoder in self.encoders.items()}
+        parts |= {"lif": self.lif} if self.lif is not None else {}
         return [
-            StateSpec(f"{name}.{spec.name}", spec.shape, spec.dtype, spec.kind, spec.shard_dim)
-            for name, part in parts.items()
-            for spec in part.state_specs(dtype)
+            replace(spec, name=f"{name}.{spec.name}")
+            for name, module in parts.items()
+            for spec in module.state_specs(dtype)
         ]
 
     def _project(
@@ -83,25 +88,43 @@ class MixerBlock(nn.Module):
             linear = self.get_submodule(name)
             if isinstance(linear, SpikingLinear):
                 if source not in spikes:
-                    place = f"{self.folder}.{source}"
-                    spikes[source] = self.encoders[source](x, _part(state, place), **context)
-                    after.update(_named(place, spikes[source].state))
+                    place = f"neurons.{source}"
+                    spikes[source] = self.encoders[source](x, part(state, place), **context)
+                    after.update(owned(place, spikes[source].state))
                 x = spikes[source]
             results[name] = linear(x)
         return results, after
 
-    def forward(self, hidden: Tensor, state: LayerState, **context: Any) -> tuple[Tensor, LayerState]:
+    def forward(
+        self, hidden: Tensor, state: LayerState, *, positions: Tensor, **documents: Any
+    ) -> tuple[Tensor, LayerState]:
         """`hidden [B, T, D]` -> `[B, T, D]` and the new state."""
-        p, after = self._project({"hidden": hidden}, state, context, mixed=False)
-        p["hidden"] = hidden
-        outputs = []
-        for name in self.names:
-            output, own = self._mixer(name).mix(p, _part(state, name), **context)
-            outputs.append(output)
-            after.update(_named(name, own))
-        mixed = self._merge(outputs)
+        after: LayerState = {}
+
+        def apply(name: str, function: Callable[..., Any], x: Any, **context: Any) -> Any:
+            result, own = function(x, part(state, name), **context)
+            after.update(owned(name, own))
+            return result
+
+        context = {"positions": positions, **documents}
+        mixers = {name: self._mixer(name) for name in self.names}
+        inputs = {"hidden": hidden}
+        for name, mixer in mixers.items():
+            if hasattr(mixer, "sources"):
+                inputs |= apply(name, mixer.sources, hidden, **documents)
+        p, fired = self._project(inputs, state, context, mixed=False)
+        after.update(fired)
+        p |= inputs
+        mixed = self._merge([apply(name, mixer.mix, p, **context) for name, mixer in mixers.items()])
         back, fired = self._project({"mixed": mixed}, state, context, mixed=True)
-        return next(iter(back.values()), mixed), {**after, **fired}
+        after.update(fired)
+        out = next(iter(back.values()), mixed)
+        for mixer in mixers.values():
+            if hasattr(mixer, "finish"):
+                out = mixer.finish(p, out)
+        if self.lif is not None:
+            out = apply("lif", self.lif, out, **documents)
+        return out, after
 
     def _merge(self, outputs: list[Tensor]) -> Tensor:
         if len(outputs) == 1:
@@ -111,14 +134,18 @@ class MixerBlock(nn.Module):
         return torch.stack(by_head).mean(0).flatten(-2)
 
 
-def _part(state: LayerState, name: str) -> LayerState:
-    """The entries `name.key` of a state, as `key`."""
-    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-
-
-def _named(name: str, state: LayerState) -> LayerState:
-    """The inverse of `_part`."""
-    return {f"{name}.{key}": value for key, value in state.items()}
+def _shared(names: str, sets: list[dict[str, Projection]]) -> dict[str, Projection]:
+    """The projections of mixers in parallel; those of one name are one. Raises `InputError` where they differ."""
+    shared: dict[str, Projection] = {}
+    for projections in sets:
+        differ = [name for name in projections if shared.get(name, projections[name]) != projections[name]]
+        if differ:
+            raise InputError(f"{names} cannot run in parallel: they differ in {', '.join(differ)}")
+        shared = {**projections, **shared}
+    back = [name for name, projection in shared.items() if projection.source == "mixed"]
+    if len(back) > 1:
+        raise InputError(f"{names} cannot run in parallel: more than one projection back ({', '.join(back)})")
+    return shared
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -126,21 +153,22 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: SpikingBrainConfig, layer: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = make_norm(config)
         self.mixer = MixerBlock(config, "mixers", config.mixers[layer])
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = make_norm(config)
         self.mlp = MixerBlock(config, "channel_mixers", config.channel_mixers[layer])
 
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
-        """What the layer remembers of a sequence."""
-        return self.mixer.state_specs(dtype) + self.mlp.state_specs(dtype)
+        """What the layer remembers of a sequence; the channel mixer's part is named `mlp.mixer.state`."""
+        mlp = [replace(spec, name=f"mlp.{spec.name}") for spec in self.mlp.state_specs(dtype)]
+        return self.mixer.state_specs(dtype) + mlp
 
     def forward(self, hidden: Tensor, state: LayerState, **context: Any) -> tuple[Tensor, LayerState]:
         """`hidden [B, T, D]` -> the same and the new state."""
         mixed, after = self.mixer(self.input_layernorm(hidden), state, **context)
         hidden = hidden + mixed
-        mixed, after_mlp = self.mlp(self.post_attention_layernorm(hidden), state, **context)
-        return hidden + mixed, {**after, **after_mlp}
+        mixed, after_mlp = self.mlp(self.post_attention_layernorm(hidden), part(state, "mlp"), **context)
+        return hidden + mixed, {**after, **owned("mlp", after_mlp)}
 
 
 class SpikingBrainPreTrainedModel(PreTrainedModel):
@@ -182,7 +210,8 @@ class SpikingBrainModel(SpikingBrainPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers: Any = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = make_norm(config)
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -205,6 +234,10 @@ class SpikingBrainModel(SpikingBrainPreTrainedModel):
         document. `mask [B, T]` (False: no token) or `cu_seqlens [N + 1]` (B = 1 holds N documents). Returns the hidden
         states before each layer and, last, after the final norm; and the new states.
         """
+        if self.config.spike_embedding:
+            hidden = heaviside(hidden, atan)
+        if self.embedding_norm is not None:
+            hidden = self.embedding_norm(hidden)
         trace, after = [hidden], []
         for number, layer in enumerate(self.layers):
             state = {} if states is None else states[number]

@@ -34,6 +34,16 @@ class StateSpec:
         return torch.zeros(rows, *shape, dtype=self.dtype, device=device)
 
 
+def part(state: LayerState, owner: str) -> LayerState:
+    """What `owner` remembers: the entries `owner.name`, as `name`."""
+    return {key.removeprefix(f"{owner}."): value for key, value in state.items() if key.startswith(f"{owner}.")}
+
+
+def owned(owner: str, state: LayerState) -> LayerState:
+    """The inverse of `part`."""
+    return {f"{owner}.{key}": value for key, value in state.items()}
+
+
 def first_states(specs: list[list[StateSpec]], rows: int, device: torch.device | str) -> list[LayerState]:
     """The states of `rows` sequences before their first token."""
     return [{spec.name: spec.allocate(rows, device) for spec in layer} for layer in specs]

@@ -95,21 +95,21 @@ def read_directory(path: Path) -> Released:
     return Released(load_config(path), Shards(path))
 
 
-def renamings(family: Any) -> list[Any]:
-    """The family's `NAMES` as transformers applies them: in order, each at most once a name."""
-    return [WeightRenaming(theirs, ours) for theirs, ours in family.NAMES]
+def renamings(names: list[tuple[str, str]]) -> list[Any]:
+    """A family's `NAMES` as transformers applies them: in order, each at most once a name."""
+    return [WeightRenaming(theirs, ours) for theirs, ours in names]
 
 
-def our_name(family: Any, name: str) -> str:
-    """Our name for a tensor of the family."""
-    for renaming in renamings(family):
+def our_name(names: list[tuple[str, str]], name: str) -> str:
+    """Our name for a tensor of the family with these `NAMES`."""
+    for renaming in renamings(names):
         name, _ = renaming.rename_source_key(name)
     return name
 
 
-def their_name(family: Any, name: str) -> str:
-    """The family's name for a tensor of ours."""
-    for renaming in reversed(renamings(family)):
+def their_name(names: list[tuple[str, str]], name: str) -> str:
+    """The name in the family with these `NAMES` for a tensor of ours."""
+    for renaming in reversed(renamings(names)):
         name, _ = renaming.reverse_transform().rename_source_key(name)
     return name
 
@@ -121,4 +121,4 @@ def expected_tensors(family: Any, config: FamilyConfig) -> dict[str, torch.Size]
     tensors: dict[str, Tensor] = model.state_dict()
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    return {their_name(family, name): tensor.shape for name, tensor in tensors.items()}
+    return {their_name(family.NAMES, name): tensor.shape for name, tensor in tensors.items()}

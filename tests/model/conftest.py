@@ -6,6 +6,8 @@ import torch
 from spikingbrain import SpikingBrainConfig, SpikingBrainForCausalLM, registry
 
 VOCABULARY = 61
+# Mixers that come with a channel mixer, norms and neurons of their own.
+COMPANIONS = {"rwkv": {"channel_mixers": ["rwkv"], "norm": "layer_norm", "embedding_norm": True}}
 
 
 # Layouts that are more than a name of mixers.
@@ -25,6 +27,7 @@ def tiny_config(mixers: list[str], **options) -> SpikingBrainConfig:
             "qkv_bias": True,
             "window": 7,
             "initializer_range": 0.3,
+            **COMPANIONS.get(mixers[0], {}),
             **options,
         }
     )
@@ -39,7 +42,7 @@ def tiny_model(mixers: list[str], *, dtype=torch.float64, seed: int = 0, **optio
     return model
 
 
-LAYOUTS = [*registry.names("mixers"), "gla+sliding_window", "gla+softmax", SINKS]
+LAYOUTS = [*registry.names("mixers"), "gla+sliding_window", "gla+softmax", "gla+gated_delta", SINKS]
 
 
 @pytest.fixture(params=LAYOUTS)
