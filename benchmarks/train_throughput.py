@@ -125,7 +125,7 @@ def compare(length: int, sequences: int, steps: int, work: Path) -> dict[str, An
     write_inputs(work, length, sequences, steps)
     rows = run_ours(work, length, sequences, steps)
     script = [__file__, "--peer", work, "--length", length, "--sequences", sequences, "--steps", steps]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", PROCESSES, "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES]
     subprocess.run([str(part) for part in (*launcher, *script)], check=True)
     theirs = json.loads((work / "peer.json").read_text())
     tokens = length * sequences

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spikingbrain_training import train as training
-from spikingbrain_training.checkpoint import PARTS, Reader
+from spikingbrain_training.checkpoint import PARTS, WRITER_THREAD, Reader
 from spikingbrain_training.config import TrainConfig
 from spikingbrain_training.run import begin_run
 
@@ -36,6 +37,10 @@ def _train_until_killed(config: TrainConfig, step: int) -> None:
     def train_step(*args: Any) -> Any:
         if step in args:
             os.kill(os.getpid(), signal.SIGKILL)
+        # What was begun is on disk before the step ends, so that tests know from where a run goes on.
+        for thread in threading.enumerate():
+            if thread.name == WRITER_THREAD:
+                thread.join()
         return original(*args)
 
     training.train_step = train_step

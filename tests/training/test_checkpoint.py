@@ -64,15 +64,14 @@ def test_a_killed_run_goes_on_bitwise(make_config, undisturbed, zero):
     assert_same_run(config.out, undisturbed(zero))
 
 
-@pytest.mark.parametrize("zero", [1, 3])
-def test_a_run_killed_inside_a_write_goes_on_from_the_checkpoint_before(make_config, undisturbed, zero):
-    config = make_config(**OPTIONS, parallel={"zero": zero})
+def test_a_run_killed_inside_a_write_goes_on_from_the_checkpoint_before(make_config, undisturbed):
+    config = make_config(**OPTIONS)
     begin_run(config)
     assert run_ranks(2, train_until_killed_in_a_write, config) == [None, None]
     left = sorted(path.name for path in (config.out / "checkpoints").iterdir())
     assert left == [".step-4.partial", "step-2"]
     assert "from step 2 to 6" in runs.train(2, config)
-    assert_same_run(config.out, undisturbed(zero))
+    assert_same_run(config.out, undisturbed(1))
     assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == ["step-4", "step-6"]
 
 
@@ -128,7 +127,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config, undi
     assert_same_run(config.out, undisturbed(1))
 
 
-@pytest.mark.parametrize(("before", "ranks", "zero"), [(1, 1, 0), (1, 4, 2), (3, 1, 0), (3, 2, 1), (0, 4, 3)])
+@pytest.mark.parametrize(("before", "ranks", "zero"), [(1, 4, 2), (3, 1, 0), (1, 2, 3)])
 def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(make_config, undisturbed, before, ranks, zero):
     runs.train_until_killed(2, make_config(**OPTIONS, parallel={"zero": before}), 3)
     other = make_config(**OPTIONS, parallel={"processes": ranks, "zero": zero})

@@ -115,14 +115,14 @@ def same_steps(config: TrainConfig, other: TrainConfig) -> None:
 
 @pytest.fixture(scope="module")
 def plain_run(configure, ours, tmp_path_factory) -> TrainConfig:
-    """Eight steps of our model on one rank without ZeRO, at a rate at which losses move."""
+    """Twenty steps of our model on one rank without ZeRO, at a rate at which losses move."""
     out = tmp_path_factory.mktemp("plain") / "run"
     config = configure(out, model={"init_from": str(ours)}, batch={"micro": 4}, parallel={"zero": 0}, **LONGER)
     runs.train(1, config)
     return config
 
 
-LONGER = {"steps": 8, "checkpoint": {"every": 8}, "optim": {"lr": 3e-3, "gradient_clipping": 1.0}}
+LONGER = {"steps": 20, "checkpoint": {"every": 20}, "optim": {"lr": 1e-3, "gradient_clipping": 1.0}}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_offload_and_activation_checkpointing_change_nothing(make_config, plain_
     same_steps(config, plain_run)
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [0, 3])
 def test_bf16_computes_in_bf16_and_keeps_parameters_in_fp32(make_config, plain_run, ours, zero):
     config = make_config(model={"init_from": str(ours)}, precision="bf16", parallel={"zero": zero}, **LONGER)
     runs.train(2, config)
@@ -150,7 +150,7 @@ def test_bf16_computes_in_bf16_and_keeps_parameters_in_fp32(make_config, plain_r
     assert runs.losses(config.out) == pytest.approx(theirs, rel=1e-2)
     # A change of the gate far below bf16's resolution of its value is kept.
     gate = "model.layers.0.mixer.gate_proj.weight"
-    last = runs.checkpoint(config.out, 8)[f"master/{gate}"]
+    last = runs.checkpoint(config.out, 20)[f"master/{gate}"]
     assert last.dtype == torch.float32
     assert not torch.equal(last, last.bfloat16().float())
 

@@ -24,6 +24,7 @@ from .distributed import MOMENTS, World, buffers, local_pieces, on_first_rank, r
 
 INDEX = "index.json"
 PARTS = ("master", *MOMENTS)
+WRITER_THREAD = "checkpoint-writer"
 STEP = re.compile(r"step-(\d+)")
 
 
@@ -67,7 +68,7 @@ class Writer:
                 tensors[f"master/{name}"] = buffer.flatten().to("cpu", copy=True)
                 pieces[name] = (0, buffer.numel())
         self._step = step
-        self._thread = Thread(target=self._write, args=(tensors, pieces, shapes))
+        self._thread = Thread(name=WRITER_THREAD, target=self._write, args=(tensors, pieces, shapes))
         self._thread.start()
 
     @property
