@@ -24,7 +24,9 @@ FIXED = {
     "use_short_conv": False,
 }
 OWN = {"mixers", "channel_mixers", "head_dim", "hidden_act", "rope_parameters", "spiking", "gate", *RENAMED}
-OWN |= {"qkv_bias", "o_bias", "mlp_bias", "qk_norm", "num_sinks", "moe"}
+PLAIN = {"qk_norm": False, "o_bias": False, "mlp_bias": False, "num_sinks": 0, "moe": None, "norm": "rms_norm"}
+PLAIN |= {"embedding_norm": False, "spike_embedding": False, "lif": None}
+OWN |= {"qkv_bias", *PLAIN}
 # What tells a W8ASpike checkpoint, which has the same model type.
 QUANTIZED_KEY = "quant_weight_group_size"
 SCALES = ".weight_quantizer.scales"
@@ -70,8 +72,7 @@ class GLAswaConfig(FamilyConfig):
 
     def to_family(self, keys: dict[str, Any]) -> dict[str, Any]:
         """Raises `InputError` where layers, biases, gate or spikes differ from SpikingBrain-7B's."""
-        wanted = {**self.implied(keys), "qk_norm": False, "o_bias": False, "mlp_bias": False, "num_sinks": 0}
-        wanted |= {"head_dim": self.hidden_size // self.num_attention_heads, "moe": None}
+        wanted = {**self.implied(keys), **PLAIN, "head_dim": self.hidden_size // self.num_attention_heads}
         wanted["mixers"] = [wanted["mixers"][layer % 2] for layer in range(self.num_hidden_layers)]
         wrong = [name for name, value in wanted.items() if getattr(self, name) != value]
         if wrong:
