@@ -215,3 +215,18 @@ def test_turning_on_spikes_keeps_the_weights_to_the_bit(tmp_path):
     assert all(torch.equal(tensor, spikes.state_dict()[name]) for name, tensor in dense.state_dict().items())
     with pytest.raises(InputError, match="convert it first"):
         turn_on_spikes(tmp_path / "base", tmp_path / "x", spiking)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["gated_delta", "metala", "rwkv"])
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_every_linear_mixer_can_start_from_attention(tmp_path, name, mixer):
+    make_base(tmp_path, name)
+    report = convert(tmp_path / "base", tmp_path / "out", [mixer])
+    model = load_model(tmp_path / "out")
+    logits = model(torch.randint(0, 101, (2, 20))).logits
+    assert bool(logits.isfinite().all())
+    assert f"model.layers.0.mixer.{'r_proj' if mixer == 'rwkv' else 'g_proj'}.weight" in report["new_parameters"]
+    source = load_file(tmp_path / "base" / "model.safetensors")
+    written = model.state_dict()["model.layers.2.mixer.o_proj.weight"]
+    assert torch.equal(written, source["model.layers.2.self_attn.o_proj.weight"])
