@@ -11,10 +11,14 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from spikingbrain.errors import InputError
+
+if TYPE_CHECKING:
+    from ..config import EngineConfig
 
 EXTRA = ("fastapi", "pydantic", "prometheus_client", "uvicorn")
 KEY_VARIABLE = "SPIKINGBRAIN_API_KEY"
@@ -85,10 +89,8 @@ def run(args: argparse.Namespace) -> None:
         Server(app, engine, name, args.shutdown_timeout, certificate).run(sockets=[sock])
 
 
-def engine_config(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+def engine_config(args: argparse.Namespace) -> "EngineConfig":
     """The engine's part of the arguments."""
-    from dataclasses import fields
-
     from ..config import EngineConfig
 
     return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig) if hasattr(args, f.name)})

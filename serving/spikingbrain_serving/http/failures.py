@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 from .. import sessions
 from ..errors import EngineStopped, InvalidRequest, Overloaded, RequestFailed
-from .protocol import ErrorDetail, ErrorResponse
+from .answers import ErrorDetail, ErrorResponse
 
 MODEL_NOT_FOUND = "model_not_found"
 STATUS = {

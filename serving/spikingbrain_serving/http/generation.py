@@ -10,19 +10,16 @@ from ..errors import InvalidRequest
 from ..prompts import encode, encode_chat, tokens_of
 from ..sequence import Extras
 from ..snapshot import Snapshot
-from .protocol import (
-    ChatCompletionRequest,
+from .answers import (
     ChatCompletionResponse,
-    CompletionRequest,
     CompletionResponse,
-    DetokenizeRequest,
     DetokenizeResponse,
     ErrorResponse,
     ModelCard,
     ModelList,
-    TokenizeRequest,
     TokenizeResponse,
 )
+from .protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .service import Service, ServiceHere, answer, make_job, tenant_of
 from .wire import ChatFormat, CompletionFormat
 

@@ -11,7 +11,7 @@ from .generation import ERRORS
 router = APIRouter(include_in_schema=False, responses=ERRORS)
 MEDIA_TYPES = {"index.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
 # Nothing is loaded from elsewhere, whatever the page is made to say.
-POLICY = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
+POLICY = "default-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
 
 
 @router.get("/")

@@ -38,6 +38,7 @@ from .service import (
     Service,
     ServiceHere,
     outputs_of,
+    require_servable,
     tenant_of,
     unless_disconnected,
 )
@@ -45,6 +46,7 @@ from .sessions import Deleted, SessionPath
 from .wire import CompletionFormat, Ledger
 
 router = APIRouter(prefix="/v1/responses", responses=ERRORS)
+STATUS = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
 
 
 @dataclass
@@ -66,15 +68,12 @@ async def create(body: ResponsesRequest, request: Request, service: ServiceHere)
     """Answer; with `previous_response_id`, going on from the state that was kept."""
     service.require_model(body.model)
     turn = await asyncio.to_thread(_begin, body, service)
-    service.engine.engine.check(turn.tokens, turn.params)
-    service.engine.require_room()
-    if turn.params.structured is not None:
-        await asyncio.to_thread(service.engine.engine.prepare, turn.id, turn.tokens, turn.params)
     extras = Extras(
         tenant=tenant_of(request), resume=turn.resume, spikes=bool(body.return_spikes), snapshot=body.store is not False
     )
     wire = CompletionFormat(turn.id, service.model_name, return_token_ids=False)
     job = Job(turn.id, [turn.tokens], turn.params, wire, bool(body.stream), StreamOptions(), extras)
+    await require_servable(job, service)
     if body.stream:
         return EventStream(_events(turn, job, request, service))
     return await unless_disconnected(request, _whole(turn, job, request, service))
@@ -121,17 +120,17 @@ async def _finish(turn: Turn, result: CompletionOutput, ledger: Ledger, service:
 def _response(turn: Turn, model: str, result: CompletionOutput | None, ledger: Ledger | None) -> ResponseObject:
     """The response as it stands: begun (`result` None) or ended."""
     body = turn.body
-    ended = result is not None and ledger is not None
-    complete = ended and result.finish_reason == "stop"
+    status = "in_progress" if result is None else STATUS[result.finish_reason]
+    ended = result is not None
     return ResponseObject(
         id=turn.id,
         created_at=turn.created,
-        status="in_progress" if not ended else "completed" if complete else "incomplete",
-        incomplete_details={"reason": "max_output_tokens"} if ended and not complete else None,
+        status=status,
+        incomplete_details={"reason": "max_output_tokens"} if status == "incomplete" else None,
         instructions=body.instructions,
         metadata=body.metadata or {},
         model=model,
-        output=[_message(turn, result.text, "completed" if complete else "incomplete")] if ended else [],
+        output=[_message(turn, result.text, status)] if ended else [],
         previous_response_id=body.previous_response_id,
         store=body.store is not False,
         temperature=turn.params.temperature,
@@ -199,7 +198,7 @@ async def _events(turn: Turn, job: Job, request: Request, service: Service) -> A
     yield event("output_text.done", text=result.text, logprobs=[], **where)
     yield event("content_part.done", part=OutputText(text=result.text).model_dump(), **where)
     yield event("output_item.done", output_index=0, item=response.output[0].model_dump())
-    yield event("completed" if response.status == "completed" else "incomplete", response=response)
+    yield event(response.status, response=response)
 
 
 @router.get("/{name}")

@@ -16,8 +16,9 @@ from ..errors import EngineStopped, InvalidRequest, Overloaded, RequestFailed
 from ..sampling import SamplingParams
 from ..sequence import CompletionOutput, Extras, RequestOutput
 from ..sessions import SessionStore
+from .answers import ModelCard
 from .failures import MODEL_NOT_FOUND, TimedOut, error_body
-from .protocol import GenerationRequest, ModelCard, StreamOptions
+from .protocol import GenerationRequest, StreamOptions
 from .settings import HttpSettings
 from .wire import Format, Ledger
 
@@ -116,7 +117,16 @@ class EventStream(StreamingResponse):
 
 
 async def answer(job: Job, request: Request, service: Service) -> Response:
-    """The response to a job; refused before the first byte of a stream, after which no status can tell."""
+    """The response to a job."""
+    await require_servable(job, service)
+    log, limit = request.state.log, service.settings.request_timeout
+    if job.stream:
+        return EventStream(_events(job, service.engine, log, limit))
+    return await unless_disconnected(request, _collect(job, service.engine, log, limit))
+
+
+async def require_servable(job: Job, service: Service) -> None:
+    """Refuse before the first byte of a stream, after which no status can tell: `InvalidRequest` or `Overloaded`."""
     if not job.prompts:
         raise InvalidRequest("prompt is an empty list", param="prompt")
     if len(job.prompts) > service.settings.max_prompts:
@@ -126,10 +136,6 @@ async def answer(job: Job, request: Request, service: Service) -> Response:
     service.engine.require_room(len(job.prompts))
     if job.params.structured is not None:
         await asyncio.to_thread(service.engine.engine.prepare, job.request_id, job.prompts[0], job.params)
-    log, limit = request.state.log, service.settings.request_timeout
-    if job.stream:
-        return EventStream(_events(job, service.engine, log, limit))
-    return await unless_disconnected(request, _collect(job, service.engine, log, limit))
 
 
 async def outputs_of(

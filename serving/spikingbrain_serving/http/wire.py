@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from ..sampling import Logprob
 from ..sequence import CompletionOutput, RequestOutput, TokenLogprobs
-from .protocol import (
+from .answers import (
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
