@@ -7,7 +7,7 @@ OLDER_TRANSFORMERS := 5.19.0
 # Tests of several processes and timings of the demo must not see a thread pool larger than the machine.
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check test-transformers test-page test-clients soak soak-training soak-serving clean
+.PHONY: help setup demo test check test-transformers test-page test-clients soak soak-training soak-serving test-eval clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -63,6 +63,12 @@ test-clients: setup ## real clients (litellm, langchain-openai) in an environmen
 soak-serving: setup ## load, cancellation, fuzz and long sessions against the server; figures to benchmarks/results
 	mkdir -p benchmarks/results
 	$(BIN)/python -m tests.serving.soak --out benchmarks/results/soak-serving.json
+
+test-eval:       ## lm-eval's own backend on a local task, in an environment of its own
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-eval/bin/pip install -q torch==$(TORCH)
+	.venv-eval/bin/pip install -q -c constraints/pins.txt -e '.[eval]' pytest
+	.venv-eval/bin/python -m pytest -q tests/eval/lm_eval_hf.py
 
 clean:           ## remove environments and what the demo made
 	rm -rf .venv .venv-* demo-work demo-report

@@ -1,5 +1,6 @@
 """Reading model directories: every way they can be wrong becomes one `InputError` that names the file."""
 
+import contextlib
 import pickle
 import shutil
 import zipfile
@@ -20,7 +21,6 @@ from .files import read_json, write_json
 # What tokenizers and generate() keep in a directory beside the weights.
 TOKENIZER_FILES = (
     "added_tokens.json",
-    "additional_chat_templates",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
@@ -34,6 +34,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+TEMPLATES = "additional_chat_templates"
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+CHAT_END = "<|im_end|>"
 MAX_SHARD_BYTES = 2 * 1024**3
 MIN_SHARD_BYTES = 32 * 1024**2
 
@@ -62,17 +65,33 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto") -> Any:
 def copy_tokenizer(path: str | Path, directory: Path) -> None:
     """Let the tokenizer, the chat templates and the generation settings of a model directory travel with it."""
     for name in TOKENIZER_FILES:
-        source = Path(path) / name
-        if source.is_dir():
-            shutil.copytree(source, directory / name, dirs_exist_ok=True)
-        elif source.exists():
-            shutil.copyfile(source, directory / name)
+        if (Path(path) / name).exists():
+            shutil.copyfile(Path(path) / name, directory / name)
+    if (Path(path) / TEMPLATES).is_dir():
+        shutil.copytree(Path(path) / TEMPLATES, directory / TEMPLATES)
+    if any((directory / name).exists() for name in VOCABULARY_FILES):
+        _end_chat_turns(directory)
+
+
+def _end_chat_turns(directory: Path) -> None:
+    """Let generate() stop where a chat turn ends, which the released configs do not say."""
+    tokenizer = load_tokenizer(directory)
+    end = tokenizer.get_vocab().get(CHAT_END)
+    if tokenizer.chat_template is None or end is None:
+        return
+    file = directory / "generation_config.json"
+    keys = read_json(file) if file.exists() else {"_from_model_config": True}
+    listed = keys.get("eos_token_id", read_json(directory / "config.json").get("eos_token_id"))
+    ends = [] if listed is None else [listed] if isinstance(listed, int) else listed
+    if end not in ends:
+        keys.pop("_from_model_config", None)
+        write_json(file, {**keys, "eos_token_id": [*ends, end]})
 
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model directory."""
     directory = _directory(path)
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((directory / name).exists() for name in VOCABULARY_FILES):
         raise InputError(f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -99,7 +118,7 @@ class TensorSource(Protocol):
 
 
 class Shards:
-    """The safetensors files of a directory, read one tensor at a time.
+    """The safetensors files of a directory (or PyTorch's `.bin` files where there are none), one tensor at a time.
 
     Raises `InputError` naming a file that is missing, truncated, or does not hold what the index says.
     """
@@ -113,8 +132,13 @@ class Shards:
                 self.names.update(dict.fromkeys(shard.keys(), file))
 
     def _find(self) -> list[Path]:
-        single, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [single.name]
+        wanted = "model.safetensors"
+        if not any((self.path / f"{wanted}{end}").exists() for end in ("", ".index.json")) and any(
+            self.path.glob("pytorch_model*.bin")
+        ):
+            wanted = "pytorch_model.bin"
+        index = self.path / f"{wanted}.index.json"
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [wanted]
         files = [self.path / name for name in names]
         missing = [file.name for file in files if not file.exists()]
         if missing:
@@ -122,6 +146,8 @@ class Shards:
         return files
 
     def _open(self, file: Path) -> Any:
+        if file.suffix == ".bin":
+            return contextlib.nullcontext(PickledTensors(file))
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -162,6 +188,12 @@ class PickledTensors:
     def get(self, name: str) -> Tensor:
         """One tensor."""
         return self._tensors[name]
+
+    get_tensor = get
+
+    def keys(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._tensors)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -129,12 +129,11 @@ def int8_tensors(name: str, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
 
 def _stored_sizes(files: list[str], model_type: str) -> dict[str, list[int]]:
     """Shapes, by our names, of the tensors whose size the config does not tell."""
-    family = registry.load("families", model_type) if model_type in registry.names("families") else None
+    names = registry.load("families", model_type).NAMES if model_type in registry.names("families") else []
     sizes = {}
     for file in files:
         with safe_open(file, framework="pt") as shard:
             for name in set(shard.keys()):
                 if name.endswith((".weight_scale", ".weight_outlier_index")):
-                    ours = name if family is None else our_name(family, name)
-                    sizes[ours] = shard.get_slice(name).get_shape()
+                    sizes[our_name(names, name)] = shard.get_slice(name).get_shape()
     return sizes

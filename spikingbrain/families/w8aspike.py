@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from spikingbrain_kernels.quantized import dequantize
 
-from .. import registry
 from ..checkpoint import Shards, ShardWriter
 from ..config import GATE_DEFAULTS
 from ..errors import InputError
@@ -124,7 +123,7 @@ def write(model: W8ASpikeForCausalLM, directory: Path) -> None:
 
 def _released_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors as their authors have them, by their names."""
-    family, modules = registry.load("families", MODEL_TYPE), dict(model.named_modules())
+    modules = dict(model.named_modules())
     for name, tensor in model.state_dict().items():
         base, _, part = name.rpartition(".")
         if part == "weight" and isinstance(modules[base], QuantizedLinear):
@@ -132,4 +131,4 @@ def _released_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if part == "weight_scale":
             name, tensor = f"{base}{SCALES}", tensor[..., None]
         if not part.startswith("weight_outlier"):
-            yield their_name(family, name), tensor
+            yield their_name(NAMES, name), tensor

@@ -1,6 +1,8 @@
 """Conversion loses nothing, invents nothing unsaid, and leaves nothing behind when it fails."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -121,6 +123,48 @@ def test_a_sharded_bf16_base_gives_the_same_tensors_in_bf16(tmp_path, monkeypatc
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 2
     one, other = (load_model(tmp_path / x).state_dict() for x in "ab")
     assert all(t.dtype == torch.bfloat16 and torch.equal(t, other[n]) for n, t in one.items())
+
+
+def test_pytorch_files_convert_like_safetensors(tmp_path):
+    make_base(tmp_path)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    convert(tmp_path / "base", tmp_path / "a", ["gla"])
+    (tmp_path / "base" / "model.safetensors").unlink()
+    halves = {f"pytorch_model-{i + 1:05d}-of-00002.bin": dict(list(tensors.items())[i::2]) for i in range(2)}
+    for name, part in halves.items():
+        torch.save(part, tmp_path / "base" / name)
+    index = {"weight_map": {tensor: name for name, part in halves.items() for tensor in part}}
+    (tmp_path / "base" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    convert(tmp_path / "base", tmp_path / "b", ["gla"])
+    one, other = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    next(tmp_path.glob("base/*2.bin")).write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"00002-of-00002.bin is damaged"):
+        convert(tmp_path / "base", tmp_path / "c", ["gla"])
+
+
+MEASURE = """
+import resource, sys
+from spikingbrain.convert import convert
+convert(sys.argv[1], sys.argv[3] + "/small", ["gla", "sliding_window"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert(sys.argv[2], sys.argv[3] + "/large", ["gla", "sliding_window"])
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def test_converting_holds_less_than_one_and_a_half_of_the_largest_shard(tmp_path):
+    make_base(tmp_path)
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 16_000}
+    large = Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **sizes}))
+    large.save_pretrained(tmp_path / "large", max_shard_size="60MB")
+    shards = [file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors")]
+    assert len(shards) > 2
+    paths = [str(tmp_path / name) for name in ("base", "large", "out")]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 1.5 * max(shards)
+    assert len(list((tmp_path / "out" / "large").glob("*.safetensors"))) > 2
 
 
 def damaged(base, kind):
