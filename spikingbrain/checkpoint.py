@@ -69,7 +69,9 @@ def copy_tokenizer(path: str | Path, directory: Path) -> None:
             shutil.copyfile(Path(path) / name, directory / name)
     if (Path(path) / TEMPLATES).is_dir():
         shutil.copytree(Path(path) / TEMPLATES, directory / TEMPLATES)
-    if any((directory / name).exists() for name in VOCABULARY_FILES):
+    # Only a tokenizer with this token is loaded: others travel as they are.
+    named = (directory / name for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"))
+    if any(file.exists() and CHAT_END in file.read_text() for file in named):
         _end_chat_turns(directory)
 
 

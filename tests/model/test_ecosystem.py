@@ -61,7 +61,7 @@ def test_a_pipeline_generates_text(tmp_path):
     save_fast(tmp_path)
     generate = pipeline("text-generation", model=str(tmp_path))
     prompts = ["the state", "a window forgets"]
-    outputs = generate(prompts, batch_size=2, **GREEDY)
+    outputs = generate(prompts, **GREEDY)
     assert [output[0]["generated_text"][: len(text)] for output, text in zip(outputs, prompts, strict=True)] == prompts
 
 

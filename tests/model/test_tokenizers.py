@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from spikingbrain.checkpoint import load_model, load_tokenizer
 from spikingbrain.convert import convert
@@ -17,17 +16,6 @@ from .conftest import tiny_model
 LINES = ["the state of a linear model does not grow", "a window forgets what is far away", "naïve café 123 déjà vu"]
 TEXTS = [*LINES, "  the café does not forget 321 windows  ", "x"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-
-
-def save_sentencepiece(path):
-    """A sentencepiece `tokenizer.model` as Llama's, trained here."""
-    options = {"vocab_size": 90, "model_type": "bpe", "byte_fallback": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES * 20), model_prefix=str(path / "tokenizer"), hard_vocab_limit=False, **options
-    )
-    (path / "tokenizer.vocab").unlink()
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
 
 
 def save_fast(path):
@@ -45,7 +33,7 @@ def save_fast(path):
     fast.save_pretrained(path)
 
 
-SAVE = {"sentencepiece": save_sentencepiece, "fast": save_fast}
+SAVE = {"fast": save_fast}
 
 
 @pytest.fixture(params=SAVE)
@@ -59,11 +47,9 @@ def base(request, tmp_path):
 
 
 def test_ids_are_equal_after_convert_save_load_and_serve(base, tmp_path):
-    original = AutoTokenizer.from_pretrained(base)
+    original = PreTrainedTokenizerFast.from_pretrained(base)
     expected = [original.encode(text) for text in TEXTS]
     convert(base, tmp_path / "out", ["gla", "sliding_window"])
-    if (base / "tokenizer.model").exists():
-        assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
     export(tmp_path / "out", tmp_path / "exported")
     load_tokenizer(tmp_path / "exported").save_pretrained(tmp_path / "exported")
     for path in ("out", "exported"):
@@ -86,9 +72,3 @@ def test_a_chat_turn_ends_at_im_end_although_no_config_lists_it(tmp_path):
     generation = load_model(tmp_path / "out").generation_config
     assert generation.eos_token_id == [0, end]
     assert generation.max_new_tokens == 2048
-
-
-def test_a_tokenizer_without_chat_changes_no_ends(base, tmp_path):
-    convert(base, tmp_path / "out", ["gla"])
-    ends = load_model(tmp_path / "out").generation_config.eos_token_id
-    assert ends == (0 if (base / "tokenizer.model").exists() else [0, 2])
