@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spikingbrain import SpikingBrainConfig, SpikingBrainForCausalLM
+from spikingbrain import SpikingBrainConfig, SpikingBrainForCausalLM, registry
 from spikingbrain.state import StateSpec
 from spikingbrain_training.collectives import Group, make_group
 from spikingbrain_training.config import Loss
@@ -23,7 +23,7 @@ from .harness import run_ranks
 LENGTH = 48
 # A document over three pieces of four, short ones, one that ends at a cut, one of a single token.
 EDGES = {"packed": [0, 5, 30, 36, 37, LENGTH], "one document": [0, LENGTH], "cut at an edge": [0, 12, 24, LENGTH]}
-MIXERS = ["gla", "sliding_window", "softmax", "gla+sliding_window"]
+MIXERS = [*registry.names("mixers"), "gla+sliding_window"]
 
 
 def model_of(mixers: list[str], **changes: Any) -> SpikingBrainForCausalLM:
@@ -74,6 +74,7 @@ def in_pieces(size: int, cases: list[tuple[dict[str, Any], str, str]]) -> list[A
 CASES = [
     *[({"mixers": [mixer]}, edges, "all_gather") for mixer in MIXERS for edges in EDGES],
     *[({"mixers": ["gla"]}, edges, "pipelined") for edges in EDGES],
+    ({"mixers": ["rwkv"], "channel_mixers": ["rwkv"]}, "packed", "all_gather"),
     ({"mixers": ["softmax"], "num_attention_heads": 3, "num_key_value_heads": 1}, "packed", "all_gather"),
     (
         {

@@ -84,13 +84,14 @@ class StatesAcrossRanks:
 
 
 def _layer_states(layer: Any, dtype: torch.dtype, piece: Piece) -> dict[str, Carrier]:
-    carriers = {}
-    for block in (layer.mixer, layer.mlp):
-        for name in block.names:
-            mixer = block.get_submodule(name)
-            for spec in mixer.state_specs(dtype):
-                carriers[f"{name}.{spec.name}"] = make_carrier(mixer.kind, spec, piece)
-    return carriers
+    return {spec.name: make_carrier(state_kind(layer, spec), spec, piece) for spec in layer.state_specs(dtype)}
+
+
+def state_kind(layer: Any, spec: StateSpec) -> str:
+    """The `kind` of the mixer whose state this is; a neuron's membrane is serial."""
+    own = spec.name.removeprefix("mlp.")
+    block, mixer = layer.mixer if own == spec.name else layer.mlp, own.partition(".")[0]
+    return block.get_submodule(mixer).kind if mixer in block.names else "serial"
 
 
 def make_carrier(kind: str, spec: StateSpec, piece: Piece) -> Carrier:
@@ -306,14 +307,11 @@ def received_numbers(model: Any, length: int, size: int, scan: str, width: int) 
 
     States are fp32; what is exchanged by token has `width` bytes a number.
     """
-    total = 0
-    for layer in model.model.layers:
-        for block in (layer.mixer, layer.mlp):
-            for name in block.names:
-                mixer = block.get_submodule(name)
-                specs = mixer.state_specs(model.dtype)
-                total += sum(_received(mixer.kind, spec, model.config, length, size, scan, width) for spec in specs)
-    return total
+    return sum(
+        _received(state_kind(layer, spec), spec, model.config, length, size, scan, width)
+        for layer in model.model.layers
+        for spec in layer.state_specs(model.dtype)
+    )
 
 
 def _received(kind: str, spec: StateSpec, config: Any, length: int, size: int, scan: str, width: int) -> int:
