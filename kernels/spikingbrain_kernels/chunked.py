@@ -256,7 +256,9 @@ def short_conv(
     rows = torch.arange(len(docs.lengths), device=x.device)
     document = torch.repeat_interleave(rows, docs.lengths)
     relative = torch.arange(len(docs.tokens), device=x.device) - docs.starts[document]
-    out = sum(taps[:, reach - lag] * take(document, relative - lag) for lag in range(reach + 1))
+    out = torch.zeros_like(x.flatten(0, 1)[docs.tokens], dtype=dtype)
+    for lag in range(reach + 1):
+        out = out + taps[:, reach - lag] * take(document, relative - lag)
     last = take(rows[:, None], docs.lengths[:, None] + torch.arange(-reach, 0, device=x.device))
     return scatter(out[:, None], docs.tokens[:, None], batch * length), last.to(state.dtype)
 

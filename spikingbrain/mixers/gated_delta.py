@@ -48,9 +48,10 @@ class Mixer(nn.Module):
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
         """The convolutions' last inputs and one matrix a group of heads."""
         head, groups = self.config.head_dim, self.config.num_key_value_heads
+        projections, kept = self.projections(self.config), self.config.conv_size - 1
         specs = [
-            StateSpec(f"conv_{name}", (self.config.conv_size - 1, conv.weight.shape[0]), dtype, "conv", shard_dim=1)
-            for name, conv in self.conv.items()
+            StateSpec(f"conv_{n}", (kept, projections[f"{n}_proj"].out_features), dtype, "conv", shard_dim=1)
+            for n in "qkv"
         ]
         return [*specs, StateSpec("recurrent", (groups, head, head), state_dtype(dtype), "recurrent", shard_dim=0)]
 
