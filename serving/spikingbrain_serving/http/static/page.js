@@ -148,6 +148,8 @@ function finish(response) {
   element("length").textContent = conversation.tokens;
   element("cached").textContent = response.usage.input_tokens_details.cached_tokens;
   element("bytes").textContent = bytesText(response.usage.state_bytes);
+  conversation.points.push([conversation.tokens, response.usage.state_bytes]);
+  requestAnimationFrame(draw);
 }
 
 function draw() {
