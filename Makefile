@@ -7,7 +7,7 @@ OLDER_TRANSFORMERS := 5.19.0
 # Tests of several processes and timings of the demo must not see a thread pool larger than the machine.
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check docs-links test-transformers clean
+.PHONY: help setup demo test check docs-links test-transformers bench-spikes bench-spikes-all clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -45,6 +45,12 @@ test-transformers: ## smoke test on an older transformers, in an environment of 
 	.venv-transformers/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-transformers/bin/pip install -q torch==$(TORCH)
 	.venv-transformers/bin/pip install -q -e . pytest transformers==$(OLDER_TRANSFORMERS)
 	.venv-transformers/bin/python -m pytest -q tests/kernels tests/model
+
+bench-spikes: setup ## loss against silence, three paired seeds, on the model that make demo left
+	$(BIN)/python benchmarks/spikes.py
+
+bench-spikes-all: setup ## the same, with one seed of every other neuron and the table over k
+	$(BIN)/python benchmarks/spikes.py --all
 
 clean:           ## remove environments and what the demo made
 	rm -rf .venv .venv-* demo-work demo-report

@@ -5,7 +5,7 @@ import torch
 from conftest import relative_rms
 from transformers import AutoModelForCausalLM
 
-from spikingbrain import SpikingBrainForCausalLM
+from spikingbrain import SpikingBrainForCausalLM, registry
 from spikingbrain.state import StatePool, first_states
 
 from .conftest import LAYOUTS, VOCABULARY, tiny_model
@@ -77,6 +77,12 @@ def test_a_later_token_changes_no_bit_before_it(model):
     assert not torch.equal(one[:, 15:], two[:, 15:])
 
 
+def uses_surrogates(layout):
+    """Whether the gradient is a surrogate by design, and no derivative of what is computed."""
+    modules = [registry.load("mixers", name).Mixer for name in layout.split("+")]
+    return any(getattr(module, "uses_surrogates", False) for module in modules)
+
+
 CU_SEQLENS = torch.tensor([0, 3, 15, 16, 40], dtype=torch.int32)
 
 
@@ -134,6 +140,7 @@ def test_state_bytes_grow_only_where_the_mixer_says_so(mixers):
     assert (len(set(sizes)) == 1) == model.is_constant_memory
 
 
+@pytest.mark.parametrize("mixers", [[name] for name in LAYOUTS if not uses_surrogates(name)], ids=str)
 def test_gradients_are_those_of_the_function(mixers):
     model = tiny_model(mixers, num_hidden_layers=1, hidden_size=8, intermediate_size=8)
     ids = tokens(1, 5)
