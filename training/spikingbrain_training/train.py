@@ -115,6 +115,9 @@ class StopSignal:
 def export(engine: Any, config: TrainConfig, world: World) -> None:
     """Write the trained model, its tokenizer and where it came from to `out/model`."""
     tensors = {name: distributed.gather_state(engine, p)["master"].cpu() for name, p in distributed.parameters(engine)}
+    # Buffers that a neuron measured once belong to the model; state_dict leaves out those that are computed.
+    stored = engine.module.state_dict()
+    tensors |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in stored}
 
     def write() -> None:
         source = config.model.tokenizer or config.model.init_from
