@@ -14,7 +14,7 @@ help:            ## list the targets
 
 setup: $(INSTALLED) ## make .venv with everything the demo and the tests need
 
-$(INSTALLED): pyproject.toml constraints/pins.txt
+$(INSTALLED): pyproject.toml setup.py constraints/pins.txt $(wildcard kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "needs Python 3.11 or newer; say which with make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,7 @@ $(INSTALLED): pyproject.toml constraints/pins.txt
 	  { echo "warning: no CPU-only build of torch $(TORCH) here, installing the general one"; \
 	    $(BIN)/pip install -q torch==$(TORCH); }; \
 	fi
+	@command -v $${CXX:-c++} > /dev/null || echo "warning: no C++ compiler here: the native backend will be missing"
 	$(BIN)/pip install -q -c constraints/pins.txt -e '.[dev]'
 	@touch $(INSTALLED)
 

@@ -10,21 +10,26 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec
 
+import torch
 from torch import Tensor
 
-from .backends import resolve, state_dtype
+from .backends import choose_for, resolve, state_dtype
+from .packed import Packed
 from .slots import Slots
 
 P = ParamSpec("P")
 
 
 def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
-    """Let `state` be `Slots`: read the rows, run the op, write the rows back, return the same slots as new state."""
+    """Let `state` be `Slots`: read the rows, run the op, write the rows back, return the same slots as new state.
+
+    A backend that works in place gets the slots themselves.
+    """
 
     @wraps(op)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         slots = kwargs.get("state")
-        if not isinstance(slots, Slots):
+        if not isinstance(slots, Slots) or _works_in_place(op.__name__, kwargs.get("backend"), slots, *args):
             return op(*args, **kwargs)
         kwargs["state"] = slots.read()
         out, rows = op(*args, **kwargs)
@@ -32,6 +37,15 @@ def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
         return out, slots
 
     return call
+
+
+def _works_in_place(op: str, backend: Any, slots: Slots, *inputs: Any) -> bool:
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    return choose_for(op, backend, *tensors).in_place and slots.pool.is_contiguous()
+
+
+def _tensors(state: Tensor | Slots | None) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else []
 
 
 @in_pool
@@ -58,7 +72,7 @@ def gated_linear(
     if state is None:
         rows = len(cu_seqlens) - 1 if cu_seqlens is not None else q.shape[0]
         state = q.new_zeros(rows, k.shape[2], k.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
-    run = resolve("gated_linear", backend, q.device.type)
+    run = resolve("gated_linear", backend, q, k, v, log_decay, *_tensors(state))
     out, state = run(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens, mask=mask)
     return out.view(*q.shape[:3], -1).to(v.dtype), state
 
@@ -86,7 +100,7 @@ def window_attention(
     _check_heads(q, k, v)
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    run = resolve("window_attention", backend, q.device.type)
+    run = resolve("window_attention", backend, q, k, v, *_tensors(state))
     out, state = run(
         q,
         k,
@@ -111,6 +125,37 @@ def gated_linear_step_(
 def window_attention_step_(q: Tensor, k: Tensor, v: Tensor, *, pool: Tensor, slots: Tensor, **options: Any) -> Tensor:
     """`window_attention` with the rings in `slots [B]` of `pool`, updated in place; slot -1 is padding."""
     return window_attention(q, k, v, state=Slots(pool, slots), **options)[0]
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """x W^T + b for packed weights: x `[..., in]` -> `[..., out]` in x's type, sums in fp32, `bias [out]` in fp32.
+
+    A row's result does not depend on the rows beside it. For inference: raises `BackendError` where x needs a gradient.
+    """
+    _check_features(x, packed)
+    return resolve("linear", backend, x)(x, packed, bias)
+
+
+def spike_linear(
+    counts: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """scale * (counts W^T) + b for whole numbers `counts [..., in]` and `scale [..., 1]`, in the type of `counts`.
+
+    int8 weights: exact integer sums over groups of 128 inputs, scaled and added in order. Only the weights of channels
+    that fired are read, where that is faster; the result is the same. Counts that are no whole numbers of 16 bits are
+    multiplied as floats.
+    """
+    _check_features(counts, packed)
+    if not (counts.is_floating_point() or counts.dtype == torch.int16):
+        raise ValueError(f"counts are floats or int16, not {counts.dtype}")
+    scale = scale.float().contiguous()
+    first = (counts, scale) if counts.is_floating_point() else (scale, counts)
+    return resolve("spike_linear", backend, *first)(counts, scale, packed, bias)
+
+
+def _check_features(x: Tensor, packed: Packed) -> None:
+    if x.shape[-1] != packed.in_features:
+        raise ValueError(f"{x.shape[-1]} inputs do not fit weights of {packed.in_features}")
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .backends import state_dtype
 from .layout import documents
+from .packed import GROUP, Packed
 
 
 def gated_linear(
@@ -76,3 +77,27 @@ def window_attention(
                 memory = memory.index_put((torch.tensor(p % capacity),), ring[p].to(memory.dtype))
             rings.append(memory)
     return out, None if state is None else torch.stack(rings)
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x W^T + b, groups of int8 weights scaled one by one."""
+    wide = x.to(state_dtype(x.dtype))
+    out = _product(wide, packed, wide.dtype)
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def spike_linear(counts: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """scale * (counts W^T) + b; the sums within a group are exact."""
+    out = _product(counts.double(), packed, torch.float32) * scale
+    return (out if bias is None else out + bias).to(counts.dtype if counts.is_floating_point() else torch.float32)
+
+
+def _product(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
+    weight, scale = (None if part is None else part.to(x.device) for part in packed.dense())
+    if scale is None:
+        return (x @ weight.to(x.dtype).T).to(dtype)
+    total = torch.zeros(*x.shape[:-1], packed.out_features, dtype=dtype, device=x.device)
+    for group, codes in enumerate(weight.split(GROUP, dim=1)):
+        here = x[..., group * GROUP : (group + 1) * GROUP]
+        total = total + scale[:, group].to(dtype) * (here @ codes.to(x.dtype).T).to(dtype)
+    return total
