@@ -10,9 +10,17 @@ from . import registry
 from .config import SpikingBrainConfig
 from .errors import InputError
 from .model import SpikingBrainForCausalLM, SpikingBrainModel
+from .packing import prepare
 from .spiking import record_spikes
 
-__all__ = ["InputError", "SpikingBrainConfig", "SpikingBrainForCausalLM", "SpikingBrainModel", "record_spikes"]
+__all__ = [
+    "InputError",
+    "SpikingBrainConfig",
+    "SpikingBrainForCausalLM",
+    "SpikingBrainModel",
+    "prepare",
+    "record_spikes",
+]
 
 
 def _register() -> None:

@@ -40,6 +40,7 @@ class MixerBlock(nn.Module):
     def _add_projections(self, config: SpikingBrainConfig) -> None:
         exclude = config.spiking["exclude"] if config.spiking else []
         self.encoders = nn.ModuleDict()
+        self.packed = nn.ModuleDict()
         for name, projection in self.projections.items():
             spiking = config.spiking is not None and name not in exclude
             linear = SpikingLinear if spiking else nn.Linear
@@ -61,19 +62,19 @@ class MixerBlock(nn.Module):
     def _project(self, inputs: dict[str, Tensor], *, mixed: bool) -> dict[str, Tensor]:
         """Apply the projections before (or, `mixed`, after) the mixing; a result can be another one's source."""
         results: dict[str, Tensor] = {}
-        spikes: dict[str, Any] = {}
-        for name, projection in self.projections.items():
-            source = projection.source
-            if (source == "mixed") != mixed:
-                continue
-            x = inputs[source] if source in inputs else results[source]
-            linear = self.get_submodule(name)
-            if isinstance(linear, SpikingLinear):
-                if source not in spikes:
-                    spikes[source] = self.encoders[source](x)
-                x = spikes[source]
-            results[name] = linear(x)
+        for source in dict.fromkeys(projection.source for projection in self.projections.values()):
+            if (source == "mixed") == mixed:
+                results.update(self._project_from(source, inputs[source] if source in inputs else results[source]))
         return results
+
+    def _project_from(self, source: str, x: Tensor) -> dict[str, Tensor]:
+        """All projections that read `x`, which is spike-encoded once."""
+        spikes = self.encoders[source](x) if source in self.encoders else None
+        if source in self.packed:
+            packed: Any = self.packed[source]
+            return packed.by_name(x if spikes is None else spikes)
+        linears = {name: self.get_submodule(name) for name, p in self.projections.items() if p.source == source}
+        return {name: linear(spikes if isinstance(linear, SpikingLinear) else x) for name, linear in linears.items()}
 
     def forward(self, hidden: Tensor, state: LayerState, **context: Any) -> tuple[Tensor, LayerState]:
         """`hidden [B, T, D]` -> `[B, T, D]` and the new state."""

@@ -58,7 +58,8 @@ def test_the_wheel_has_the_native_library_for_this_platform_and_any_python(wheel
     assert not wheel.name.endswith("-any.whl")
     executable, site = python
     assert (site / "spikingbrain_kernels" / "libnative.so").exists() == (missing() is None)
-    code = "from spikingbrain_kernels import library; print(library.FILE, *(library.levels() if library.FILE.exists() else []))"
+    code = "from spikingbrain_kernels.library import FILE, levels\n"
+    code += "print(FILE, *(levels() if FILE.exists() else []))"
     file, *levels = run(executable, "-c", code, cwd=site.parent).split()
     assert Path(file).is_relative_to(site)
     assert missing() is not None or "baseline" in levels

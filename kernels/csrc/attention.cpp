@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t BLOCK = 64;       // keys
 constexpr int64_t TILE_ROWS = 96;   // queries times heads of a group
+constexpr int64_t ALONE = 1 << 14;  // elements of keys for which it is not worth waking other threads
 constexpr float NOTHING = -1e30f;   // the running maximum before the first key
 
 struct Tensor {
@@ -212,7 +213,12 @@ EXPORT(window_attention)(const Attention* a, int64_t documents, int64_t threads)
     before.data[0] = 0;
     for (int64_t i = 0; i < documents; i++)
         before.data[i + 1] = before.data[i] + (a->starts[i + 1] - a->starts[i] + step - 1) / step;
-#pragma omp parallel num_threads(threads)
+    int64_t keys = 0;  // read by all queries together, at most
+    for (int64_t i = 0; i < documents; i++) {
+        const int64_t length = a->starts[i + 1] - a->starts[i];
+        keys += length * smaller(a->window, a->first[i] + length);
+    }
+#pragma omp parallel num_threads(threads) if (keys * a->groups * a->width > ALONE)
     {
         Scratch scratch(*a, step * per_group);
         int64_t document = 0;

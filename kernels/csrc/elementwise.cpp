@@ -1,4 +1,7 @@
-// What lies between the products: RMS norm, the adaptive spike encoder, SwiGLU; one pass over a row each.
+// What lies between the products, one pass over a row each: RMS norm, the adaptive spike encoder, SwiGLU, the log of a
+// decay, rotary positions.
+#include <math.h>
+
 #include "simd.h"
 
 namespace {
@@ -68,8 +71,49 @@ EXPORT(swiglu)(const void* gate, const void* up, int64_t type, int64_t rows, int
         widen_row(at(up, type, row * stride), type, n, b.data);
         for (int64_t i = 0; i < n; i += W) {
             vf x = load(a.data + i);
-            store(a.data + i, x / (splat(1.0f) + exponential(-x)) * load(b.data + i));
+            // Past what `exponential` can give, infinite, so that -inf gives NaN as it does elsewhere.
+            vf e = x < splat(-88.0f) ? splat(INFINITY) : exponential(-x);
+            store(a.data + i, x / (splat(1.0f) + e) * load(b.data + i));
         }
         narrow_row(a.data, n, at(out, type, row * n), type);
+    }
+}
+
+// out [rows, n] in fp32 = log(sigmoid(x)) / divisor; x [rows, stride].
+EXPORT(log_sigmoid)(const void* x, int64_t type, float divisor, int64_t rows, int64_t n, int64_t stride, float* out,
+                    int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 16)
+    for (int64_t row = 0; row < rows; row++) {
+        Buffer<float> wide(n + W);
+        widen_row(at(x, type, row * stride), type, n, wide.data);
+        for (int64_t i = 0; i < n; i++) {
+            const float v = wide.data[i];
+            out[row * n + i] = ((v < 0 ? v : 0) - log1pf(expf(v < 0 ? v : -v))) / divisor;
+        }
+    }
+}
+
+// x [rows, stride] holds heads of `width`; each pair (i, i + width / 2) of out [rows, heads, width] is turned by
+// position * frequency[i] and multiplied by `factor` (rotary positions, arXiv 2104.09864).
+EXPORT(rotary)(const void* x, int64_t type, const int64_t* positions, const float* frequencies, float factor,
+               int64_t rows, int64_t heads, int64_t width, int64_t stride, void* out, int64_t threads) {
+    const int64_t half = width / 2;
+#pragma omp parallel for num_threads(threads) if (rows > 16)
+    for (int64_t row = 0; row < rows; row++) {
+        Buffer<float> wide(width + W), turned(width), cosine(half), sine(half);
+        for (int64_t i = 0; i < half; i++) {
+            const float angle = (float)positions[row] * frequencies[i];
+            cosine.data[i] = cosf(angle) * factor;
+            sine.data[i] = sinf(angle) * factor;
+        }
+        for (int64_t head = 0; head < heads; head++) {
+            widen_row(at(x, type, row * stride + head * width), type, width, wide.data);
+            const float *a = wide.data, *b = wide.data + half;
+            for (int64_t i = 0; i < half; i++) {
+                turned.data[i] = a[i] * cosine.data[i] - b[i] * sine.data[i];
+                turned.data[half + i] = b[i] * cosine.data[i] + a[i] * sine.data[i];
+            }
+            narrow_row(turned.data, width, at(out, type, (row * heads + head) * width), type);
+        }
     }
 }

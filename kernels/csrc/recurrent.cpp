@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t SLICE = 32;  // columns of the state a task holds in the first cache
 constexpr int HEADS = 8;       // query heads at once
+constexpr int64_t ALONE = 1 << 16;  // elements of state for which it is not worth waking other threads
 
 struct Tensor {
     const void* data;
@@ -107,7 +108,8 @@ void one_slice(const Recurrence& r, int64_t document, int64_t group, int64_t fir
 // Updates the states in `pool` and writes `out [tokens, heads, value]`, in q's type, for every token of a document.
 EXPORT(gated_linear)(const Recurrence* r, int64_t documents, int64_t threads) {
     const int64_t slices = (r->value + SLICE - 1) / SLICE;
-#pragma omp parallel for num_threads(threads) schedule(static)
+    const int64_t steps = r->starts[documents] * r->groups * r->key * r->value;
+#pragma omp parallel for num_threads(threads) schedule(static) if (steps > ALONE)
     for (int64_t task = 0; task < documents * r->groups * slices; task++) {
         const int64_t first = task % slices * SLICE;
         const int64_t width = r->value - first < SLICE ? r->value - first : SLICE;

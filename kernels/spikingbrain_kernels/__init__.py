@@ -2,18 +2,24 @@
 
 from .backends import BACKENDS, OPS, RECURRENT_OPS, Backend, BackendError, backends, state_dtype
 from .ops import (
+    encode_adaptive,
     gated_linear,
     gated_linear_step_,
     linear,
+    log_sigmoid,
+    rms_norm,
+    rotary,
     spike_linear,
+    swiglu,
     window_attention,
     window_attention_step_,
 )
-from .packed import Packed, pack, pack_codes
+from .packed import KINDS, Packed, pack, pack_codes
 from .slots import Slots, make_slots
 
 __all__ = [
     "BACKENDS",
+    "KINDS",
     "OPS",
     "RECURRENT_OPS",
     "Backend",
@@ -21,13 +27,18 @@ __all__ = [
     "Packed",
     "Slots",
     "backends",
+    "encode_adaptive",
     "gated_linear",
     "gated_linear_step_",
     "linear",
+    "log_sigmoid",
     "make_slots",
     "pack",
     "pack_codes",
+    "rms_norm",
+    "rotary",
     "spike_linear",
+    "swiglu",
     "state_dtype",
     "window_attention",
     "window_attention_step_",

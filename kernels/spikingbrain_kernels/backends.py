@@ -56,8 +56,8 @@ class Backend:
         return getattr(import_module(f"spikingbrain_kernels.{self.name}"), op)
 
 
-OPS = ("gated_linear", "window_attention", "linear", "spike_linear")
 RECURRENT_OPS = ("gated_linear", "window_attention")
+OPS = (*RECURRENT_OPS, "linear", "spike_linear", "rms_norm", "encode_adaptive", "swiglu", "log_sigmoid", "rotary")
 ANY_DEVICE = ("cpu", "cuda", "meta")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -92,21 +92,41 @@ def choose(op: str, name: str | None, device: str, dtype: torch.dtype | None, ne
     raise BackendError(f"{op}: " + "; ".join(f"{backend} {reason}" for backend, reason in reasons.items()))
 
 
-def choose_for(op: str, name: str | None, *inputs: Tensor) -> Backend:
-    """`choose` for these inputs."""
-    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return choose(op, name, inputs[0].device.type, inputs[0].dtype, needs_gradients)
+# The functions loaded so far, by op and backend: a cache that torch.compile can read.
+_FUNCTIONS: dict[str, dict[str, Op]] = {op: {} for op in OPS}
 
 
 @cache
-def load(op: str, backend: Backend) -> Op:
-    """The function of `backend` that serves `op`."""
-    return backend.load(op)
+def _load(*wanted: Any) -> Backend:
+    chosen, op = choose(*wanted), wanted[0]
+    _FUNCTIONS[op][chosen.name] = chosen.load(op)
+    return chosen
+
+
+# torch.compile looks through a cache, but not into a function whose result it may take as constant.
+@torch.compiler.assume_constant_result
+def _name(*wanted: Any) -> str:
+    return _load(*wanted).name
+
+
+@torch.compiler.assume_constant_result
+def _in_place(*wanted: Any) -> bool:
+    return _load(*wanted).in_place
+
+
+def _wanted(op: str, name: str | None, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return op, name, inputs[0].device.type, inputs[0].dtype, needs_gradients
 
 
 def resolve(op: str, name: str | None, *inputs: Tensor) -> Op:
     """The function for `op` on these inputs: the named backend's, or that of the first that can run."""
-    return load(op, choose_for(op, name, *inputs))
+    return _FUNCTIONS[op][_name(*_wanted(op, name, inputs))]
+
+
+def works_in_place(op: str, name: str | None, *inputs: Tensor) -> bool:
+    """Whether the backend that `resolve` chooses updates states where they lie in a pool."""
+    return _in_place(*_wanted(op, name, inputs))
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -28,6 +28,8 @@ SIGNATURES = {
     "window_attention": [c_void_p, c_int64, c_int64],
     "rms_norm": [c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int64],
     "encode_adaptive": [c_void_p, c_int64, *[c_float] * 3, c_int64, c_int64, c_void_p, c_void_p, c_int64],
+    "log_sigmoid": [c_void_p, c_int64, c_float, *[c_int64] * 3, c_void_p, c_int64],
+    "rotary": [c_void_p, c_int64, c_void_p, c_void_p, c_float, *[c_int64] * 4, c_void_p, c_int64],
     "swiglu": [c_void_p, c_void_p, *[c_int64] * 4, c_void_p, c_int64],
 }
 
@@ -57,6 +59,8 @@ class Library:
     rms_norm: Kernel
     encode_adaptive: Kernel
     swiglu: Kernel
+    log_sigmoid: Kernel
+    rotary: Kernel
 
     def __init__(self, level: str):
         library = _load()

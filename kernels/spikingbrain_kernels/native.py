@@ -115,8 +115,21 @@ def encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tenso
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up; each `[..., N]`, rows at equal distances."""
-    return _call("swiglu", _swiglu, gate, up)
+    """silu(gate) * up; each `[..., N]`."""
+    first, second = _rows(gate), _rows(up)
+    if first.stride(0) != second.stride(0):
+        first, second = first.contiguous(), second.contiguous()
+    return _call("swiglu", _swiglu, first, second).view(gate.shape)
+
+
+def log_sigmoid(x: Tensor, divisor: float) -> Tensor:
+    """log(sigmoid(x)) / divisor in fp32; x `[..., N]`."""
+    return _call("log_sigmoid", _log_sigmoid, _rows(x), divisor).view(x.shape)
+
+
+def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    """Turn the pairs of x's heads by position * frequency."""
+    return _call("rotary", _rotary, _by_token(x), positions.contiguous(), frequencies, factor)
 
 
 def _call(name: str, eager: Callable[..., Any], *args: Any) -> Any:
@@ -142,6 +155,12 @@ def _by_token(x: Tensor) -> Tensor:
     by_row = x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.stride(1) * x.shape[1]
     heads = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
     return x if by_row and heads else x.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x `[..., N]` as a matrix whose rows are contiguous."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _pool(state: Tensor | Slots) -> tuple[Tensor | Slots, Tensor, Tensor | None]:
@@ -259,8 +278,23 @@ def _encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tens
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out, width = gate.new_empty(gate.shape), gate.shape[-1]
     rows = gate.numel() // max(1, width)
-    data = (gate.data_ptr(), up.data_ptr(), TYPES[gate.dtype], rows, width, gate.stride(-2))
+    data = (gate.data_ptr(), up.data_ptr(), TYPES[gate.dtype], rows, width, gate.stride(0))
     library().swiglu(*data, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _log_sigmoid(x: Tensor, divisor: float) -> Tensor:
+    out, width = x.new_empty(x.shape, dtype=torch.float32), x.shape[-1]
+    size = (x.numel() // max(1, width), width, x.stride(0))
+    library().log_sigmoid(x.data_ptr(), TYPES[x.dtype], divisor, *size, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    out, tokens = x.new_empty(x.shape), _tokens(x)
+    angles = (positions.data_ptr(), frequencies.data_ptr(), factor)
+    size = (x.shape[0] * x.shape[1], x.shape[2], x.shape[3], tokens.stride)
+    library().rotary(tokens.data, tokens.type, *angles, *size, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -270,6 +304,8 @@ _OPS = {
     "linear": custom_op("spikingbrain::linear", _linear, mutates_args=()),
     "rms_norm": custom_op("spikingbrain::rms_norm", _rms_norm, mutates_args=()),
     "encode_adaptive": custom_op("spikingbrain::encode_adaptive", _encode_adaptive, mutates_args=()),
+    "log_sigmoid": custom_op("spikingbrain::log_sigmoid", _log_sigmoid, mutates_args=()),
+    "rotary": custom_op("spikingbrain::rotary", _rotary, mutates_args=()),
     "swiglu": custom_op("spikingbrain::swiglu", _swiglu, mutates_args=()),
 }
 
@@ -302,3 +338,13 @@ def _(x, k, low, high):  # noqa: ARG001
 @_OPS["swiglu"].register_fake
 def _(gate, up):  # noqa: ARG001
     return gate.new_empty(gate.shape)
+
+
+@_OPS["log_sigmoid"].register_fake
+def _(x, divisor):  # noqa: ARG001
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@_OPS["rotary"].register_fake
+def _(x, positions, frequencies, factor):  # noqa: ARG001
+    return x.new_empty(x.shape)

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from .backends import choose_for, resolve, state_dtype
+from .backends import resolve, state_dtype, works_in_place
 from .packed import Packed
 from .slots import Slots
 
@@ -41,7 +41,7 @@ def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
 
 def _works_in_place(op: str, backend: Any, slots: Slots, *inputs: Any) -> bool:
     tensors = [x for x in inputs if isinstance(x, Tensor)]
-    return choose_for(op, backend, *tensors).in_place and slots.pool.is_contiguous()
+    return slots.pool.is_contiguous() and works_in_place(op, backend, *tensors)
 
 
 def _tensors(state: Tensor | Slots | None) -> list[Tensor]:
@@ -74,7 +74,7 @@ def gated_linear(
         state = q.new_zeros(rows, k.shape[2], k.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
     run = resolve("gated_linear", backend, q, k, v, log_decay, *_tensors(state))
     out, state = run(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens, mask=mask)
-    return out.view(*q.shape[:3], -1).to(v.dtype), state
+    return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), state
 
 
 @in_pool
@@ -112,7 +112,7 @@ def window_attention(
         cu_seqlens=cu_seqlens,
         mask=mask,
     )
-    return out.view(*q.shape[:3], -1).to(v.dtype), state
+    return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), state
 
 
 def gated_linear_step_(
@@ -151,6 +151,36 @@ def spike_linear(
     scale = scale.float().contiguous()
     first = (counts, scale) if counts.is_floating_point() else (scale, counts)
     return resolve("spike_linear", backend, *first)(counts, scale, packed, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, backend: str | None = None) -> Tensor:
+    """x / sqrt(mean x^2 + epsilon) * weight over the last dimension: x `[..., N]`, `weight [N]` in fp32."""
+    return resolve("rms_norm", backend, x)(x, weight, epsilon)
+
+
+def encode_adaptive(
+    x: Tensor, *, k: float, low: float, high: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Spike counts round(x / s) in x's type and s = clamp(mean|x| / k, low, high) `[..., 1]` (arXiv 2509.05276, 19)."""
+    return resolve("encode_adaptive", backend, x)(x, k, low, high)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202)."""
+    return resolve("swiglu", backend, gate, up)(gate, up)
+
+
+def log_sigmoid(x: Tensor, divisor: float, *, backend: str | None = None) -> Tensor:
+    """log(sigmoid(x)) / divisor in fp32 (fp64 for fp64 inputs): the logarithm of a decay (GLA, arXiv 2312.06635)."""
+    return resolve("log_sigmoid", backend, x)(x, divisor)
+
+
+def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float, *, backend: str | None = None) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): x `[B, T, H, K]`, pairs (i, i + K / 2) turned by position * frequency.
+
+    `positions [B, T]`, `frequencies [K / 2]` in fp32; the result is multiplied by `factor`.
+    """
+    return resolve("rotary", backend, x)(x, positions.expand(x.shape[:2]), frequencies, factor)
 
 
 def _check_features(x: Tensor, packed: Packed) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from spikingbrain_kernels import encode_adaptive
+
 from ..errors import InputError
 from . import Spikes, straight_through
 
@@ -27,6 +29,8 @@ class Neuron(nn.Module):
 
     def forward(self, x: Tensor) -> Spikes:
         """`x [..., C]` -> counts `[..., C]`, scale `[..., 1]`."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return Spikes(*encode_adaptive(x, k=self.k, low=MIN_THRESHOLD, high=MAX_THRESHOLD))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = (wide.detach().abs().mean(-1, keepdim=True) / self.k).clamp(MIN_THRESHOLD, MAX_THRESHOLD)
         level = wide / scale
