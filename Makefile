@@ -7,7 +7,7 @@ OLDER_TRANSFORMERS := 5.19.0
 # Tests of several processes and timings of the demo must not see a thread pool larger than the machine.
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check docs-links test-transformers clean
+.PHONY: help setup demo test check docs-links test-transformers sanitize bench clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -46,6 +46,16 @@ test-transformers: ## smoke test on an older transformers, in an environment of 
 	.venv-transformers/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-transformers/bin/pip install -q torch==$(TORCH)
 	.venv-transformers/bin/pip install -q -e . pytest transformers==$(OLDER_TRANSFORMERS)
 	.venv-transformers/bin/python -m pytest -q tests/kernels tests/model
+
+sanitize:        ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@mkdir -p build
+	for level in "baseline" "avx2 -mavx2 -mfma"; do \
+	  $(CXX) -std=c++17 -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
+	    -DLEVEL=$$level kernels/csrc/check/check.cpp -o build/sanitize && build/sanitize || exit 1; \
+	done
+
+bench: setup     ## figures of this machine and of peers on it
+	for suite in memory ops decode prefill; do $(BIN)/spikingbrain bench $$suite || exit 1; done
 
 clean:           ## remove environments and what the demo made
 	rm -rf .venv .venv-* demo-work demo-report
