@@ -59,7 +59,11 @@ def test_something_that_computes_the_wrong_thing_gets_no_figures():
 
 
 def test_a_report_has_every_row_and_names_no_path(tmp_path):
-    rows = [{"model": "a", "tokens/s": 12.5}, {"model": "b", "position": 5, "tokens/s": 1234.0}, {"model": "c: missing"}]
+    rows = [
+        {"model": "a", "tokens/s": 12.5},
+        {"model": "b", "position": 5, "tokens/s": 1234.0},
+        {"model": "c: missing"},
+    ]
     report.write(tmp_path / "out", "decode", "spikingbrain bench decode", rows)
     assert json.loads((tmp_path / "out" / "decode.json").read_text())["rows"] == rows
     table = (tmp_path / "out" / "decode.md").read_text()
