@@ -7,7 +7,8 @@ OLDER_TRANSFORMERS := 5.19.0
 # Tests of several processes and timings of the demo must not see a thread pool larger than the machine.
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check docs-links test-transformers sanitize bench clean
+.PHONY: help setup demo test check test-transformers sanitize bench test-page test-clients soak soak-training \
+  soak-serving test-eval clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -56,6 +57,29 @@ sanitize:        ## the native kernels under AddressSanitizer and UndefinedBehav
 
 bench: setup     ## figures of this machine and of peers on it
 	for suite in memory ops decode prefill; do $(BIN)/spikingbrain bench $$suite || exit 1; done
+soak: soak-training soak-serving ## everything that takes long
+
+soak-training: setup ## kill a run twenty times, inside checkpoint writes too, and compare it with one that was not
+	$(BIN)/python benchmarks/soak_training.py --kills 20
+
+test-page: setup ## the page in a headless Chromium, which has to be installed
+	@command -v chromium chromium-browser google-chrome > /dev/null || { echo "needs Chromium"; exit 2; }
+	$(PYTEST) tests/serving/test_page.py
+
+test-clients: setup ## real clients (litellm, langchain-openai) in an environment of their own, against our server
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q litellm langchain-openai
+	$(BIN)/python -m tests.serving.clients .venv-clients/bin/python
+
+soak-serving: setup ## load, cancellation, fuzz and long sessions against the server; figures to benchmarks/results
+	mkdir -p benchmarks/results
+	$(BIN)/python -m tests.serving.soak --out benchmarks/results/soak-serving.json
+
+test-eval:       ## lm-eval's own backend on a local task, in an environment of its own
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-eval/bin/pip install -q torch==$(TORCH)
+	.venv-eval/bin/pip install -q -c constraints/pins.txt -e '.[eval]' pytest
+	.venv-eval/bin/python -m pytest -q tests/eval/lm_eval_hf.py
 
 clean:           ## remove environments and what the demo made
 	rm -rf .venv .venv-* demo-work demo-report

@@ -1,20 +1,20 @@
 """Spiking, linear-attention language models; importing this registers them with transformers' Auto classes."""
 
-from importlib import import_module
-from typing import Any
-
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from . import registry
 from .config import SpikingBrainConfig
 from .errors import InputError
+from .families import renamings
 from .model import SpikingBrainForCausalLM, SpikingBrainModel
 from .packing import prepare
+from .quantization import Int8Config
 from .spiking import record_spikes
 
 __all__ = [
     "InputError",
+    "Int8Config",
     "SpikingBrainConfig",
     "SpikingBrainForCausalLM",
     "SpikingBrainModel",
@@ -28,11 +28,10 @@ def _register() -> None:
     AutoModel.register(SpikingBrainConfig, SpikingBrainModel, exist_ok=True)
     AutoModelForCausalLM.register(SpikingBrainConfig, SpikingBrainForCausalLM, exist_ok=True)
     for name in registry.names("families"):
-        family = import_module(f"spikingbrain.families.{name}")
+        family = registry.load("families", name)
         AutoConfig.register(name, family.Config, exist_ok=True)
         AutoModelForCausalLM.register(family.Config, family.ForCausalLM, exist_ok=True)
-        renamings: list[Any] = [WeightRenaming(theirs, ours) for theirs, ours in family.NAMES]
-        register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
+        register_checkpoint_conversion_mapping(name, renamings(family.NAMES), overwrite=True)
 
 
 _register()

@@ -16,6 +16,13 @@ GROUP = "spikingbrain.commands"
 REPORTED_OS_ERRORS = {errno.ENOSPC, errno.EADDRINUSE, errno.EACCES, errno.EDQUOT, errno.EROFS}
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, except None: there the text itself says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def load_commands() -> dict[str, ModuleType]:
     """Every installed subcommand by name."""
     return {entry.name: entry.load() for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
@@ -28,12 +35,7 @@ def build_parser(commands: dict[str, ModuleType]) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in commands.items():
         text = (module.__doc__ or "").strip()
-        subparser = subparsers.add_parser(
-            name,
-            help=text.partition("\n")[0],
-            description=text,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+        subparser = subparsers.add_parser(name, help=text.partition("\n")[0], description=text, formatter_class=_Help)
         module.add_arguments(subparser)
     return parser
 

@@ -9,7 +9,18 @@ from transformers import GenerationConfig, PreTrainedConfig
 from . import registry
 from .errors import InputError
 
-GATE_DEFAULTS = {"rank": 16, "normalizer": 16.0, "feature_map": "relu"}
+GATE_DEFAULTS = {"rank": 16, "normalizer": 16.0, "feature_map": "relu", "tied": False}
+# Decay = 1 - k needs k in (0, 1) and no gate of its own.
+TIED_GATE = {"rank": None, "normalizer": 1.0, "feature_map": "sigmoid", "tied": True}
+MOE_DEFAULTS: dict[str, Any] = {
+    "num_experts": 16,
+    "top_k": 1,
+    "num_shared": 1,
+    "score": "softmax",
+    "aux_loss": 0.01,
+    "bias_rate": 0.0,
+}
+LIF_DEFAULTS = {"tau": 2.0, "v_th": 1.0, "v_reset": 0.0, "decay_input": True}
 SPIKING_DEFAULTS: dict[str, Any] = {"neuron": "adaptive", "code": "bitwise", "params": {}, "exclude": []}
 
 # Keys that transformers itself writes into config.json or passes on.
@@ -36,7 +47,15 @@ class SpikingBrainConfig(PreTrainedConfig):
 
     mixers: one token mixer a layer, or a shorter pattern that is repeated; `"a+b"` runs two in parallel.
     channel_mixers: the same for the feed-forward half. window: tokens a window mixer sees, the query's own included.
-    gate: `{rank, normalizer, feature_map}` of gated linear attention; rank None is one dense projection.
+    num_sinks: learned keys and values that every token of a softmax or window mixer sees besides.
+    gate: `{rank, normalizer, feature_map, tied}` of gated linear attention; rank None is one dense projection;
+    `{"tied": true}` takes the decay from the key, 1 - sigmoid(k), and has no gate.
+    moe: `{num_experts, top_k, num_shared, score, aux_loss, bias_rate}` of the layers whose channel mixer is "moe", None
+    without any: routed experts, how many of them a token is sent to, experts all tokens are sent to, "softmax" or
+    "sigmoid" of the router, weight of the balance loss, step of the loss-free balance.
+    norm: `rms_norm`, `simple_rms_norm` (no weight) or `layer_norm`, before every block and the head. conv_size: taps of
+    mixers with a short convolution. embedding_norm: a norm after the embedding. spike_embedding: only the embedding's
+    signs are used. lif: None, or `{tau, v_th, v_reset, decay_input}`: every block's output passes spiking neurons.
     spiking: None, or `{neuron, code, params, exclude}`; `exclude` names projections that stay dense.
 
     Raises `InputError` for an unknown key or name.
@@ -66,7 +85,14 @@ class SpikingBrainConfig(PreTrainedConfig):
     mixers: list[str] | None = None
     channel_mixers: list[str] | None = None
     window: int = 4096
+    num_sinks: int = 0
     gate: dict | None = None
+    moe: dict | None = None
+    norm: str = "rms_norm"
+    conv_size: int = 4
+    embedding_norm: bool = False
+    spike_embedding: bool = False
+    lif: dict | None = None
     spiking: dict | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -78,12 +104,19 @@ class SpikingBrainConfig(PreTrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.mixers = self._per_layer("mixers", self.mixers or ["gla", "sliding_window"])
         self.channel_mixers = self._per_layer("channel_mixers", self.channel_mixers or ["swiglu"])
-        self.gate = _fill("gate", self.gate or {}, GATE_DEFAULTS)
+        self.gate = _fill_gate(self.gate or {})
+        if self.moe is not None or "moe" in self.channel_mixers:
+            self.moe = _fill("moe", self.moe or {}, MOE_DEFAULTS)
+            check_moe(self.moe, self.channel_mixers)
+        if self.lif is not None:
+            self.lif = _fill("lif", self.lif, LIF_DEFAULTS)
         if self.spiking is not None:
             self.spiking = _fill("spiking", self.spiking, SPIKING_DEFAULTS)
             check_spiking(self.spiking)
         if self.window < 1:
             raise InputError(f"window must be at least 1, got {self.window}")
+        if self.num_sinks < 0:
+            raise InputError(f"num_sinks must not be negative, got {self.num_sinks}")
         super().__post_init__(**kwargs)
 
     def _refuse_unknown(self, keys: dict[str, Any]) -> None:
@@ -110,12 +143,42 @@ def _fill(group: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[s
     return {**defaults, **given}
 
 
+def _fill_gate(given: dict[str, Any]) -> dict[str, Any]:
+    if not given.get("tied"):
+        return _fill("gate", given, GATE_DEFAULTS)
+    gate = _fill("gate", given, TIED_GATE)
+    if gate != TIED_GATE:
+        raise InputError(f"a tied gate has no settings besides: it is {TIED_GATE}, got {gate}")
+    return gate
+
+
+def check_moe(moe: dict[str, Any], channel_mixers: list[str]) -> None:
+    """Raise `InputError` unless every setting has its type and range and some layer has experts."""
+    if "moe" not in channel_mixers:
+        raise InputError("moe is set, but channel_mixers has no moe layer")
+    experts = moe["num_experts"]
+    valid = {
+        "num_experts": type(experts) is int and experts >= 1,
+        "top_k": type(moe["top_k"]) is int and type(experts) is int and 1 <= moe["top_k"] <= experts,
+        "num_shared": type(moe["num_shared"]) is int and moe["num_shared"] >= 0,
+        "score": moe["score"] in ("softmax", "sigmoid"),
+        "aux_loss": type(moe["aux_loss"]) in (int, float) and moe["aux_loss"] >= 0,
+        "bias_rate": type(moe["bias_rate"]) in (int, float) and moe["bias_rate"] >= 0,
+    }
+    wrong = [f"{name}={moe[name]!r}" for name, good in valid.items() if not good]
+    if wrong:
+        raise InputError(
+            f"moe: {', '.join(wrong)}; needs integers num_experts >= top_k >= 1 and num_shared >= 0, "
+            "score softmax or sigmoid, aux_loss and bias_rate >= 0"
+        )
+
+
 def check_spiking(spiking: dict[str, Any]) -> None:
     """Raise `InputError` unless the neuron accepts its parameters and the code can carry the neuron's counts."""
-    neuron = registry.load("neurons", spiking["neuron"]).Neuron
+    make = registry.load("neurons", spiking["neuron"]).Neuron
     code = registry.load("codes", spiking["code"])
     try:
-        neuron(**spiking["params"])
+        neuron = make(1, **spiking["params"])
     except TypeError as error:
         raise InputError(f"spiking.params do not fit neuron {spiking['neuron']!r}: {error}") from None
     if neuron.signed and not code.SIGNED:

@@ -1,19 +1,17 @@
 """From a Hugging Face Transformer to our decoder: layer by layer, every tensor accounted for."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from . import registry
-from .checkpoint import TOKENIZER_FILES, Shards, load_config
+from .checkpoint import Shards, ShardWriter, copy_tokenizer, load_config, shard_bytes
 from .config import SpikingBrainConfig
 from .errors import InputError
 from .files import new_directory, write_json
@@ -41,23 +39,23 @@ COPIED_FIELDS = (
 # Tensors of old checkpoints that hold nothing learned.
 DROPPED = re.compile(r"rotary_emb\.inv_freq$")
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-MAX_SHARD_BYTES = 2 * 1024**3
 
 
 def convert(
-    base: str | Path, out: str | Path, mixers: list[str], *, window: int | None = None, seed: int = 0
+    base: str | Path, out: str | Path, mixers: list[str], *, window: int | None = None, seed: int = 0, **options: Any
 ) -> dict[str, Any]:
     """Write the model of `base` with `mixers` (a pattern over the layers) to `out`, new parameters initialised.
 
+    `options`: further fields of the config (`num_sinks`, `gate`).
     Returns the report that is also written to `out/conversion.json`. Raises `InputError` for an unsupported
     architecture, a damaged file, or any tensor that is missing, left over or of the wrong shape; `out` is complete or
     absent.
     """
     source = load_config(base)
-    config = target_config(source, mixers, window)
+    config = target_config(source, mixers, window, **options)
     shards = Shards(base)
     with new_directory(out) as directory:
-        writer = _Writer(directory, _expected(config))
+        writer = CheckedWriter(directory, expected_tensors(config), shard_bytes(shards.largest_bytes))
         new = []
         for name, tensor, is_new in _tensors(shards, config, torch.Generator().manual_seed(seed)):
             writer.add(name, tensor)
@@ -65,9 +63,7 @@ def convert(
         writer.close()
         config.architectures = [SpikingBrainForCausalLM.__name__]
         config.save_pretrained(directory)
-        for name in TOKENIZER_FILES:
-            if (Path(base) / name).exists():
-                shutil.copy(Path(base) / name, directory / name)
+        copy_tokenizer(base, directory)
         report = {
             "base": str(base),
             "base_model_type": source.model_type,
@@ -82,7 +78,9 @@ def convert(
     return report
 
 
-def target_config(source: PreTrainedConfig, mixers: list[str], window: int | None) -> SpikingBrainConfig:
+def target_config(
+    source: PreTrainedConfig, mixers: list[str], window: int | None, **options: Any
+) -> SpikingBrainConfig:
     """Our config for a source's; raises `InputError` where ours cannot say what the source computes."""
     if source.model_type not in SOURCES:
         raise InputError(f"cannot convert model_type {source.model_type!r}; choose from {', '.join(SOURCES)}")
@@ -99,6 +97,7 @@ def target_config(source: PreTrainedConfig, mixers: list[str], window: int | Non
         qk_norm=source.model_type == "qwen3",
         mixers=mixers,
         window=window or source_window or min(4096, source.max_position_embeddings),
+        **options,
     )
 
 
@@ -110,8 +109,8 @@ def _source_window(source: PreTrainedConfig) -> int | None:
     return source.sliding_window if windowed else None
 
 
-def _expected(config: SpikingBrainConfig) -> dict[str, torch.Size]:
-    """Names and shapes of all tensors the converted model must have on disk."""
+def expected_tensors(config: SpikingBrainConfig) -> dict[str, torch.Size]:
+    """Names and shapes of all tensors a model of ours must have on disk."""
     with torch.device("meta"):
         model = SpikingBrainForCausalLM(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -163,15 +162,13 @@ def _layer_tensors(
             )
 
 
-class _Writer:
-    """Collects tensors into safetensors files of bounded size and checks them against what is expected."""
+class CheckedWriter(ShardWriter):
+    """Writes the tensors that are expected, and no others."""
 
-    def __init__(self, directory: Path, expected: dict[str, torch.Size]):
-        self.directory = directory
+    def __init__(self, directory: Path, expected: dict[str, torch.Size], max_bytes: int):
+        super().__init__(directory, max_bytes)
         self.expected = expected
         self.written: dict[str, int] = {}
-        self._pending: dict[str, Tensor] = {}
-        self._files: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; raises `InputError` if the model has none of this name and shape."""
@@ -180,40 +177,11 @@ class _Writer:
         if tensor.shape != self.expected[name]:
             raise InputError(f"{name} is {list(tensor.shape)}, expected {list(self.expected[name])}")
         self.written[name] = tensor.numel()
-        self._pending[name] = tensor.contiguous()
-        if sum(t.nbytes for t in self._pending.values()) >= MAX_SHARD_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        file = self.directory / f"part-{len(self._files):05d}"
-        save_file(self._pending, file, metadata={"format": "pt"})
-        self._files.append((file, list(self._pending)))
-        self._pending = {}
+        super().add(name, tensor)
 
     def close(self) -> None:
         """Write the rest and the index; raises `InputError` naming tensors that never came."""
         missing = sorted(set(self.expected) - set(self.written))
         if missing:
             raise InputError(f"the base lacks tensors: {', '.join(missing)}")
-        self._flush()
-        if len(self._files) == 1:
-            self._files[0][0].rename(self.directory / "model.safetensors")
-            return
-        weight_map = {}
-        for number, (file, names) in enumerate(self._files, 1):
-            final = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
-            file.rename(self.directory / final)
-            weight_map.update(dict.fromkeys(names, final))
-        write_json(self.directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-
-
-def turn_on_spikes(path: str | Path, out: str | Path, spiking: dict[str, Any]) -> None:
-    """Write the model of `path` to `out` with `spiking` in its config; the weights stay as they are."""
-    config = load_config(path)
-    if not isinstance(config, SpikingBrainConfig):
-        raise InputError(f"{path} is a {config.model_type} model; convert it first")
-    keys = {**config.to_dict(), "spiking": spiking}
-    Shards(path)
-    with new_directory(out) as directory:
-        shutil.copytree(path, directory, dirs_exist_ok=True)
-        type(config).from_dict(keys).save_pretrained(directory)
+        super().close()

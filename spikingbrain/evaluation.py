@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,20 @@ def text_files(paths: list[str | Path], pattern: str) -> list[Path]:
 
 
 def pieces(tokenizer: Any, files: list[Path], context: int, max_tokens: int) -> Iterator[Tensor]:
-    """Rows `[context + 1]` of token ids, each within one document; what is left of a document is dropped."""
-    budget = max_tokens
-    for file in files:
-        ids = tokenizer(file.read_text(errors="replace"), add_special_tokens=False, return_tensors="pt").input_ids[0]
-        for start in range(0, len(ids) - context, context):
-            if budget <= 0:
-                return
-            yield ids[start : start + context + 1]
-            budget -= context
+    """Rows `[context + 1]` of token ids, each within one document; what is left of a document is dropped.
+
+    The first row of each document, then the second of each, and so on: where there is more text than `max_tokens`, no
+    long document stands for all.
+    """
+    rounds = zip_longest(*(_rows(tokenizer, file, context) for file in files))
+    rows = (row for round in rounds for row in round if row is not None)
+    return islice(rows, -(-max_tokens // context))
+
+
+def _rows(tokenizer: Any, file: Path, context: int) -> Iterator[Tensor]:
+    ids = tokenizer(file.read_text(errors="replace"), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    for start in range(0, len(ids) - context, context):
+        yield ids[start : start + context + 1]
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from typing import Any
 from .errors import InputError
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,23 +42,37 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         for child in sorted(partial.rglob("*")):
-            _fsync(child)
+            sync(child)
         partial.chmod(0o755)
         if path.is_dir():
             path.rmdir()
         partial.rename(path)
-        _fsync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replaced_file(path: str | Path) -> Iterator[Path]:
+    """Give a file to write that replaces `path` when the block ends without an error; else `path` is as it was."""
+    path = Path(path)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    os.close(descriptor)
+    aside = Path(name)
+    try:
+        yield aside
+        sync(aside)
+        aside.replace(path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Replace `path` by `value` as JSON in one step."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    _fsync(aside)
-    aside.replace(path)
+    with replaced_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+        aside.chmod(0o644)
 
 
 def read_json(path: str | Path) -> Any:

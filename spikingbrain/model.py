@@ -1,5 +1,7 @@
 """The one decoder: every layer projects, mixes and projects back; training, generate() and the engines call `step`."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +13,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from . import registry
 from .config import SpikingBrainConfig
 from .errors import InputError
+from .lif import LIF
 from .mixers import Projection
+from .neurons import Spikes
+from .norm import make_norm
 from .spiking import SpikeEncoder, SpikingLinear
-from .state import LayerState, StateCache, StateSpec
+from .state import LayerState, StateCache, StateSpec, owned, part
+from .surrogates import atan, heaviside
 
 
 class MixerBlock(nn.Module):
@@ -27,15 +33,14 @@ class MixerBlock(nn.Module):
         super().__init__()
         self.names = names.split("+")
         modules = {name: registry.load(folder, name).Mixer for name in self.names}
-        self.projections: dict[str, Projection] = {}
-        for mixer in modules.values():
-            self.projections = {**mixer.projections(config), **self.projections}
+        self.projections = _shared(names, [mixer.projections(config) for mixer in modules.values()])
         for name, mixer in modules.items():
             self.add_module(name, mixer(config))
         if len(self.names) > 1:
             norm = {name: nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) for name in self.names}
             self.branch_norm = nn.ModuleDict(norm)
         self._add_projections(config)
+        self.lif = LIF(config) if config.lif else None
 
     def _add_projections(self, config: SpikingBrainConfig) -> None:
         exclude = config.spiking["exclude"] if config.spiking else []
@@ -46,47 +51,86 @@ class MixerBlock(nn.Module):
             linear = SpikingLinear if spiking else nn.Linear
             self.add_module(name, linear(projection.in_features, projection.out_features, projection.bias))
             if spiking and projection.source not in self.encoders:
-                self.encoders[projection.source] = SpikeEncoder(config.spiking)
+                self.encoders[projection.source] = SpikeEncoder(config.spiking, projection.in_features)
+
+    def readers(self, source: str) -> list[nn.Linear]:
+        """The projections that read the spikes of one source."""
+        linears = {name: self.get_submodule(name) for name, p in self.projections.items() if p.source == source}
+        return [linear for linear in linears.values() if isinstance(linear, SpikingLinear)]
 
     def _mixer(self, name: str) -> Any:
         return self.get_submodule(name)
 
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
-        """The states of its mixers, named `mixer.state`."""
-        specs = []
-        for name in self.names:
-            for spec in self._mixer(name).state_specs(dtype):
-                specs.append(StateSpec(f"{name}.{spec.name}", spec.shape, spec.dtype, spec.kind, spec.shard_dim))
-        return specs
+        """The states of its mixers and of its neurons, named `mixer.state` and `neurons.source.state`."""
+        parts = {name: self._mixer(name) for name in self.names}
+        parts |= {f"neurons.{source}": encoder.neuron for source, encoder in self.encoders.items()}
+        parts |= {"lif": self.lif} if self.lif is not None else {}
+        return [
+            replace(spec, name=f"{name}.{spec.name}")
+            for name, module in parts.items()
+            for spec in module.state_specs(dtype)
+        ]
 
-    def _project(self, inputs: dict[str, Tensor], *, mixed: bool) -> dict[str, Tensor]:
-        """Apply the projections before (or, `mixed`, after) the mixing; a result can be another one's source."""
+    def _project(
+        self, inputs: dict[str, Tensor], state: LayerState, context: dict[str, Any], *, mixed: bool
+    ) -> tuple[dict[str, Tensor], LayerState]:
+        """Apply the projections before (or, `mixed`, after) the mixing; a result can be another one's source.
+
+        Returns the results and the new states of the neurons.
+        """
         results: dict[str, Tensor] = {}
+        after: LayerState = {}
         for source in dict.fromkeys(projection.source for projection in self.projections.values()):
             if (source == "mixed") == mixed:
-                results.update(self._project_from(source, inputs[source] if source in inputs else results[source]))
-        return results
+                x = inputs[source] if source in inputs else results[source]
+                if source in self.encoders:
+                    place = f"neurons.{source}"
+                    spikes = self.encoders[source](x, part(state, place), **context)
+                    after.update(owned(place, spikes.state))
+                    results.update(self._read(source, x, spikes))
+                else:
+                    results.update(self._read(source, x, None))
+        return results, after
 
-    def _project_from(self, source: str, x: Tensor) -> dict[str, Tensor]:
-        """All projections that read `x`, which is spike-encoded once."""
-        spikes = self.encoders[source](x) if source in self.encoders else None
+    def _read(self, source: str, x: Tensor, spikes: Spikes | None) -> dict[str, Tensor]:
+        """All projections that read `x`, or its spikes."""
         if source in self.packed:
             packed: Any = self.packed[source]
             return packed.by_name(x if spikes is None else spikes)
         linears = {name: self.get_submodule(name) for name, p in self.projections.items() if p.source == source}
         return {name: linear(spikes if isinstance(linear, SpikingLinear) else x) for name, linear in linears.items()}
 
-    def forward(self, hidden: Tensor, state: LayerState, **context: Any) -> tuple[Tensor, LayerState]:
+    def forward(
+        self, hidden: Tensor, state: LayerState, *, positions: Tensor, **documents: Any
+    ) -> tuple[Tensor, LayerState]:
         """`hidden [B, T, D]` -> `[B, T, D]` and the new state."""
-        p = self._project({"hidden": hidden}, mixed=False)
-        outputs, after = [], {}
-        for name in self.names:
-            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            output, own = self._mixer(name).mix(p, own, **context)
-            outputs.append(output)
-            after.update({f"{name}.{key}": value for key, value in own.items()})
-        back = self._project({"mixed": self._merge(outputs)}, mixed=True)
-        return next(iter(back.values())), after
+        after: LayerState = {}
+
+        def apply(name: str, function: Callable[..., Any], x: Any, **context: Any) -> Any:
+            result, own = function(x, part(state, name), **context)
+            after.update(owned(name, own))
+            return result
+
+        context = {"positions": positions, **documents}
+        mixers = {name: self._mixer(name) for name in self.names}
+        inputs = {"hidden": hidden}
+        for name, mixer in mixers.items():
+            if hasattr(mixer, "sources"):
+                inputs |= apply(name, mixer.sources, hidden, **documents)
+        p, fired = self._project(inputs, state, context, mixed=False)
+        after.update(fired)
+        p |= inputs
+        mixed = self._merge([apply(name, mixer.mix, p, **context) for name, mixer in mixers.items()])
+        back, fired = self._project({"mixed": mixed}, state, context, mixed=True)
+        after.update(fired)
+        out = next(iter(back.values()), mixed)
+        for mixer in mixers.values():
+            if hasattr(mixer, "finish"):
+                out = mixer.finish(p, out)
+        if self.lif is not None:
+            out = apply("lif", self.lif, out, **documents)
+        return out, after
 
     def _merge(self, outputs: list[Tensor]) -> Tensor:
         if len(outputs) == 1:
@@ -96,26 +140,41 @@ class MixerBlock(nn.Module):
         return torch.stack(by_head).mean(0).flatten(-2)
 
 
+def _shared(names: str, sets: list[dict[str, Projection]]) -> dict[str, Projection]:
+    """The projections of mixers in parallel; those of one name are one. Raises `InputError` where they differ."""
+    shared: dict[str, Projection] = {}
+    for projections in sets:
+        differ = [name for name in projections if shared.get(name, projections[name]) != projections[name]]
+        if differ:
+            raise InputError(f"{names} cannot run in parallel: they differ in {', '.join(differ)}")
+        shared = {**projections, **shared}
+    back = [name for name, projection in shared.items() if projection.source == "mixed"]
+    if len(back) > 1:
+        raise InputError(f"{names} cannot run in parallel: more than one projection back ({', '.join(back)})")
+    return shared
+
+
 class DecoderLayer(GradientCheckpointingLayer):
     """x + mixer(norm x), then x + mlp(norm x)."""
 
     def __init__(self, config: SpikingBrainConfig, layer: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = make_norm(config)
         self.mixer = MixerBlock(config, "mixers", config.mixers[layer])
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = make_norm(config)
         self.mlp = MixerBlock(config, "channel_mixers", config.channel_mixers[layer])
 
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
-        """What the layer remembers of a sequence."""
-        return self.mixer.state_specs(dtype) + self.mlp.state_specs(dtype)
+        """What the layer remembers of a sequence; the channel mixer's part is named `mlp.mixer.state`."""
+        mlp = [replace(spec, name=f"mlp.{spec.name}") for spec in self.mlp.state_specs(dtype)]
+        return self.mixer.state_specs(dtype) + mlp
 
     def forward(self, hidden: Tensor, state: LayerState, **context: Any) -> tuple[Tensor, LayerState]:
         """`hidden [B, T, D]` -> the same and the new state."""
         mixed, after = self.mixer(self.input_layernorm(hidden), state, **context)
         hidden = hidden + mixed
-        mixed, after_mlp = self.mlp(self.post_attention_layernorm(hidden), state, **context)
-        return hidden + mixed, {**after, **after_mlp}
+        mixed, after_mlp = self.mlp(self.post_attention_layernorm(hidden), part(state, "mlp"), **context)
+        return hidden + mixed, {**after, **owned("mlp", after_mlp)}
 
 
 class SpikingBrainPreTrainedModel(PreTrainedModel):
@@ -151,11 +210,14 @@ class SpikingBrainPreTrainedModel(PreTrainedModel):
 class SpikingBrainModel(SpikingBrainPreTrainedModel):
     """Embedding, layers, norm."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: SpikingBrainConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers: Any = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = make_norm(config)
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -178,6 +240,10 @@ class SpikingBrainModel(SpikingBrainPreTrainedModel):
         document. `mask [B, T]` (False: no token) or `cu_seqlens [N + 1]` (B = 1 holds N documents). Returns the hidden
         states before each layer and, last, after the final norm; and the new states.
         """
+        if self.config.spike_embedding:
+            hidden = heaviside(hidden, atan)
+        if self.embedding_norm is not None:
+            hidden = self.embedding_norm(hidden)
         trace, after = [hidden], []
         for number, layer in enumerate(self.layers):
             state = {} if states is None else states[number]

@@ -11,18 +11,24 @@ from torch import Tensor, nn
 from . import registry
 from .codes import encode
 from .neurons import Spikes
+from .state import LayerState
 
 
 class SpikeEncoder(nn.Module):
-    """Turns what a group of projections reads into spikes, once for the group."""
+    """Turns the `channels` that a group of projections reads into spikes, once for the group."""
 
-    def __init__(self, spiking: dict[str, Any]):
+    def __init__(self, spiking: dict[str, Any], channels: int):
         super().__init__()
-        self.neuron = registry.load("neurons", spiking["neuron"]).Neuron(**spiking["params"])
+        self.neuron = registry.load("neurons", spiking["neuron"]).Neuron(channels, **spiking["params"])
 
-    def forward(self, x: Tensor) -> Spikes:
-        """`x [..., C]` -> `Spikes`."""
-        return self.neuron(x)
+    def forward(self, x: Tensor, state: LayerState | None = None, **context: Any) -> Spikes:
+        """`x [B, T, C]` -> `Spikes`; `state` and the context (`cu_seqlens`, `mask`) are for neurons with a memory."""
+        return self.neuron(x, state, **context)
+
+
+def encoders(model: nn.Module) -> dict[str, SpikeEncoder]:
+    """Every encoder of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SpikeEncoder)}
 
 
 class SpikingLinear(nn.Linear):
@@ -32,6 +38,36 @@ class SpikingLinear(nn.Linear):
         """`Spikes [..., in]` -> `[..., out]`."""
         out = nn.functional.linear(spikes.counts, self.weight) * spikes.scale.to(spikes.counts.dtype)
         return out if self.bias is None else out + self.bias
+
+
+def weights_read_by(model: nn.Module) -> dict[str, int]:
+    """How many weights the spikes of each encoder are multiplied with, were none silent."""
+    sizes = {}
+    for name in encoders(model):
+        block: Any = model.get_submodule(name.rpartition(".encoders.")[0])
+        sizes[name] = sum(linear.weight.numel() for linear in block.readers(name.rpartition(".")[2]))
+    return sizes
+
+
+@contextlib.contextmanager
+def collect_silence(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect, while the block runs, what each encoder adds to the share of weights that need not be read.
+
+    The sum over the list is the differentiable share of one forward pass. The model's neurons have `silence(x)`.
+    """
+    shares: list[Tensor] = []
+    sizes = weights_read_by(model)
+    total = sum(sizes.values())
+
+    def listen(name: str):
+        return lambda module, inputs: shares.append(module.neuron.silence(inputs[0]) * (sizes[name] / total))
+
+    handles = [encoder.register_forward_pre_hook(listen(name)) for name, encoder in encoders(model).items()]
+    try:
+        yield shares
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
@@ -58,8 +94,7 @@ def record_spikes(model: Any) -> Iterator[SpikeRecord]:
             spikes.counts.detach().to("cpu", torch.int32)
         )
 
-    encoders = {name: module for name, module in model.named_modules() if isinstance(module, SpikeEncoder)}
-    handles = [module.register_forward_hook(listen(name)) for name, module in encoders.items()]
+    handles = [encoder.register_forward_hook(listen(name)) for name, encoder in encoders(model).items()]
     try:
         yield record
     finally:

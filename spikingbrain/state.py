@@ -34,6 +34,16 @@ class StateSpec:
         return torch.zeros(rows, *shape, dtype=self.dtype, device=device)
 
 
+def part(state: LayerState, owner: str) -> LayerState:
+    """What `owner` remembers: the entries `owner.name`, as `name`."""
+    return {key.removeprefix(f"{owner}."): value for key, value in state.items() if key.startswith(f"{owner}.")}
+
+
+def owned(owner: str, state: LayerState) -> LayerState:
+    """The inverse of `part`."""
+    return {f"{owner}.{key}": value for key, value in state.items()}
+
+
 def first_states(specs: list[list[StateSpec]], rows: int, device: torch.device | str) -> list[LayerState]:
     """The states of `rows` sequences before their first token."""
     return [{spec.name: spec.allocate(rows, device) for spec in layer} for layer in specs]
@@ -47,17 +57,14 @@ class StatePool:
 
     def __init__(self, specs: list[list[StateSpec]], num_slots: int, device: torch.device | str, capacity: int = 0):
         self._pools = [{s.name: s.allocate(num_slots, device, capacity) for s in layer} for layer in specs]
+        self._growing = {
+            (layer, s.name) for layer, layer_specs in enumerate(specs) for s in layer_specs if s.kind == "growing"
+        }
         self._free = list(reversed(range(num_slots)))
         self.num_slots = num_slots
         tensors = [pool[0] for layer in self._pools for pool in layer.values()]
         self.bytes_per_sequence = sum(tensor.nbytes for tensor in tensors)
-        growing = [
-            pool[0, :1]
-            for layer, pools in zip(specs, self._pools, strict=True)
-            for s, pool in zip(layer, pools.values(), strict=True)
-            if s.kind == "growing"
-        ]
-        self.bytes_per_token = sum(tensor.nbytes for tensor in growing)
+        self.bytes_per_token = sum(self._pools[layer][name][0, :1].nbytes for layer, name in self._growing)
         self.capacity = capacity
 
     @property
@@ -84,6 +91,25 @@ class StatePool:
         if slot in self._free or not 0 <= slot < self.num_slots:
             raise ValueError(f"slot {slot} is not in use")
         self._free.append(slot)
+
+    def read(self, slot: int, num_tokens: int) -> list[dict[str, Tensor]]:
+        """A copy of a slot's state after `num_tokens` tokens; of a growing one, of so many entries."""
+        return [
+            {
+                name: (pool[slot, :num_tokens] if (layer, name) in self._growing else pool[slot]).clone()
+                for name, pool in pools.items()
+            }
+            for layer, pools in enumerate(self._pools)
+        ]
+
+    def write(self, slot: int, states: list[dict[str, Tensor]]) -> None:
+        """Put what `read` gave, here or in another process, into a fresh slot; raises ValueError if it does not fit."""
+        for pools, tensors in zip(self._pools, states, strict=True):
+            for name, pool in pools.items():
+                target = pool[slot] if tensors[name].shape == pool.shape[1:] else pool[slot, : len(tensors[name])]
+                if target.shape != tensors[name].shape:
+                    raise ValueError(f"{name} is {tuple(tensors[name].shape)}, the pool has {tuple(pool.shape[1:])}")
+                target.copy_(tensors[name])
 
     def states(self, slots: list[int]) -> list[LayerState]:
         """The states of a batch, a row each slot, to be updated in place; -1 is a padding row."""

@@ -10,7 +10,7 @@ from .codes import encode
 from .model import MixerBlock
 from .spiking import SpikeEncoder, SpikeRecord
 
-GAUSSIAN_TOKENS, GAUSSIAN_CHANNELS = 512, 1024
+GAUSSIAN_TOKENS = 512
 
 
 def spike_statistics(counts: Tensor, code: str, steps: int | None = None) -> dict[str, float]:
@@ -39,13 +39,17 @@ def recorded_statistics(model: nn.Module, record: SpikeRecord) -> dict[str, Any]
     `dense_operations_per_token`, the multiplications of the same projections.
     """
     modules = dict(model.named_modules())
-    layers, channels, synaptic, dense = {}, 0, 0.0, 0
+    layers, channels, synaptic, dense = {}, 0.0, 0.0, 0.0
     totals = {"silent_channels": 0.0, "mean_spikes": 0.0, "slot_sparsity": 0.0}
-    for name, calls in record.counts.items():
-        counts = torch.cat([call.flatten(0, -2) for call in calls])
+    collected = {name: torch.cat([c.flatten(0, -2) for c in calls]) for name, calls in record.counts.items()}
+    num_tokens = max(map(len, collected.values()))
+    for name, counts in collected.items():
+        # An expert sees some of the tokens, or none.
+        if not len(counts):
+            continue
         figures = spike_statistics(counts, record.code)
         outputs = _outputs(modules[name.rpartition(".encoders.")[0]], name.rpartition(".")[2])
-        width = counts.shape[-1]
+        width = counts.shape[-1] * len(counts) / num_tokens
         layers[name] = figures
         channels += width
         synaptic += figures["spikes_per_channel"] * width * outputs
@@ -62,9 +66,9 @@ def recorded_statistics(model: nn.Module, record: SpikeRecord) -> dict[str, Any]
     }
 
 
-def gaussian_statistics(encoder: nn.Module, code: str) -> dict[str, float]:
+def gaussian_statistics(encoder: SpikeEncoder, code: str) -> dict[str, float]:
     """What the neuron does with standard normal noise: the figure a trained model's is to be compared with."""
-    noise = torch.randn(GAUSSIAN_TOKENS, GAUSSIAN_CHANNELS, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(GAUSSIAN_TOKENS, encoder.neuron.channels, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return spike_statistics(encoder(noise).counts, code)
 

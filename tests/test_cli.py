@@ -29,6 +29,8 @@ def test_doctor_says_which_backend_serves_which_op():
         ["convert", "nowhere", "out"],
         ["eval", "nowhere", "--text", __file__],
         ["spike", "nowhere", "out"],
+        ["import", "nowhere", "out"],
+        ["export", "nowhere", "out"],
         ["serve", "nowhere"],
         ["train", "nowhere.yaml"],
     ],

@@ -24,7 +24,8 @@ struct Attention {
     int64_t pool_type, capacity;
     void* out;
     float scale;
-    int64_t heads, groups, width, window;
+    const float* sinks;  // [num_sinks, 2, groups, width]: keys and values that every query sees first, or null
+    int64_t num_sinks, heads, groups, width, window;
 };
 
 int64_t padded(int64_t n) { return (n + 2 * W - 1) / (2 * W) * 2 * W; }
@@ -66,28 +67,27 @@ struct Document {
     }
 };
 
-// Keys `[width][64]` and values `[64][width]` of one block as tiles; positions outside `low..high` are zeros.
-void read_block(const Document& d, int64_t group, int64_t block, int64_t low, int64_t high, float* keys, float* values,
-                float* row) {
-    const int64_t width = d.a.width, wide = padded(width);
+// Keys `[width][64]` and values `[64][width]` of a block's places `low..high` as tiles, read by `read(place, part, row)`;
+// other places are zeros.
+template <class Read>
+void read_block(const Attention& a, int64_t low, int64_t high, float* keys, float* values, float* row, Read read) {
+    const int64_t width = a.width, wide = padded(width);
     memset(keys, 0, width * BLOCK * sizeof(float));
     memset(values, 0, wide * BLOCK * sizeof(float));
-    for (int64_t j = larger(0, low - block); j < BLOCK && block + j <= high; j++) {
-        d.read(block + j, 0, group, row);
+    for (int64_t j = low; j < high; j++) {
+        read(j, 0, row);
         float* column = keys + j / (2 * W) * width * 2 * W + j % (2 * W);
         for (int64_t i = 0; i < width; i++) column[i * 2 * W] = row[i];
         memset(row, 0, wide * sizeof(float));
-        d.read(block + j, 1, group, row);
+        read(j, 1, row);
         for (int64_t i = 0; i < wide; i += W)
             store(values + (i / (2 * W) * BLOCK + j) * 2 * W + i % (2 * W), load(row + i));
     }
 }
 
-// The keys of a block that the query at `position` sees: `from .. to`.
+// The places of a block that a query sees: `from .. to`.
 struct Span {
     int64_t from, to;
-    Span(const Document& d, int64_t position, int64_t block)
-        : from(larger(larger(oldest(d.a, position), d.start()) - block, 0)), to(smaller(position + 1 - block, BLOCK)) {}
     bool whole() const { return from == 0 && to == BLOCK; }
 };
 
@@ -150,38 +150,54 @@ void end_queries(const Document& d, int64_t group, int64_t from, int64_t to, con
 }
 
 // sums += weights * values. What a query does not see is not multiplied, as zero times infinity is not zero.
-void add_values(const Document& d, int64_t block, int64_t from, int64_t to, Scratch& s) {
-    const int64_t per_group = d.a.heads / d.a.groups, wide = padded(d.a.width);
-    const bool whole = Span(d, from, block).whole() && Span(d, to - 1, block).whole();
-    const int64_t step = whole ? to - from : 1;
+template <class Seen>
+void add_values(const Attention& a, int64_t from, int64_t to, Scratch& s, Seen seen) {
+    const int64_t per_group = a.heads / a.groups, wide = padded(a.width);
+    const int64_t step = seen(from).whole() && seen(to - 1).whole() ? to - from : 1;
     for (int64_t position = from; position < to; position += step) {
-        const Span seen(d, position, block);
+        const Span span = seen(position);
         const int64_t row = (position - from) * per_group;
-        for (int64_t i = 0; i < wide && seen.from < seen.to; i += 2 * W)
-            tiles_float(step * per_group, s.values.data + i * BLOCK + seen.from * 2 * W,
-                        s.scores.data + row * BLOCK + seen.from, BLOCK, seen.to - seen.from,
+        for (int64_t i = 0; i < wide && span.from < span.to; i += 2 * W)
+            tiles_float(step * per_group, s.values.data + i * BLOCK + span.from * 2 * W,
+                        s.scores.data + row * BLOCK + span.from, BLOCK, span.to - span.from,
                         s.sums.data + row * wide + i, wide);
     }
+}
+
+// Let the queries at `from .. to` attend to the block in `s`, of which the one at `position` sees `seen(position)`.
+template <class Seen>
+void attend(const Attention& a, int64_t from, int64_t to, Scratch& s, Seen seen) {
+    const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group, wide = padded(a.width);
+    memset(s.scores.data, 0, rows * BLOCK * sizeof(float));
+    for (int64_t j = 0; j < BLOCK; j += 2 * W)
+        tiles_float(rows, s.keys.data + j * a.width, s.queries.data, a.width, a.width, s.scores.data + j, BLOCK);
+    for (int64_t row = 0; row < rows; row++) {
+        const float keep = soften(s.scores.data + row * BLOCK, seen(from + row / per_group), s.maximum.data + row,
+                                  s.total.data + row);
+        for (int64_t i = 0; i < wide; i += W)
+            store(s.sums.data + row * wide + i, load(s.sums.data + row * wide + i) * splat(keep));
+    }
+    add_values(a, from, to, s, seen);
 }
 
 // The queries at positions `from .. to` for the heads of one group.
 void some_queries(const Document& d, int64_t group, int64_t from, int64_t to, Scratch& s) {
     const Attention& a = d.a;
-    const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group, wide = padded(a.width);
-    const int64_t low = larger(oldest(a, from), d.start());
     begin_queries(d, group, from, to, s);
+    for (int64_t first = 0; first < a.num_sinks; first += BLOCK) {
+        const int64_t count = smaller(BLOCK, a.num_sinks - first);
+        read_block(a, 0, count, s.keys.data, s.values.data, s.row.data, [&](int64_t j, int64_t part, float* row) {
+            memcpy(row, a.sinks + (((first + j) * 2 + part) * a.groups + group) * a.width, a.width * sizeof(float));
+        });
+        attend(a, from, to, s, [&](int64_t) { return Span{0, count}; });
+    }
+    const int64_t low = larger(oldest(a, from), d.start());
     for (int64_t block = low / BLOCK * BLOCK; block < to; block += BLOCK) {
-        read_block(d, group, block, low, to - 1, s.keys.data, s.values.data, s.row.data);
-        memset(s.scores.data, 0, rows * BLOCK * sizeof(float));
-        for (int64_t j = 0; j < BLOCK; j += 2 * W)
-            tiles_float(rows, s.keys.data + j * a.width, s.queries.data, a.width, a.width, s.scores.data + j, BLOCK);
-        for (int64_t row = 0; row < rows; row++) {
-            const Span seen(d, from + row / per_group, block);
-            const float keep = soften(s.scores.data + row * BLOCK, seen, s.maximum.data + row, s.total.data + row);
-            for (int64_t i = 0; i < wide; i += W)
-                store(s.sums.data + row * wide + i, load(s.sums.data + row * wide + i) * splat(keep));
-        }
-        add_values(d, block, from, to, s);
+        read_block(a, larger(0, low - block), smaller(BLOCK, to - block), s.keys.data, s.values.data, s.row.data,
+                   [&](int64_t j, int64_t part, float* row) { d.read(block + j, part, group, row); });
+        attend(a, from, to, s, [&](int64_t position) {
+            return Span{larger(larger(oldest(a, position), d.start()) - block, 0), smaller(position + 1 - block, BLOCK)};
+        });
     }
     end_queries(d, group, from, to, s);
 }

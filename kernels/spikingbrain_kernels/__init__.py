@@ -3,19 +3,27 @@
 from .backends import BACKENDS, OPS, RECURRENT_OPS, Backend, BackendError, backends, state_dtype
 from .ops import (
     encode_adaptive,
+    gated_delta,
+    gated_delta_step_,
     gated_linear,
     gated_linear_step_,
+    lif_scan,
+    lif_scan_step_,
     linear,
     log_sigmoid,
     rms_norm,
     rotary,
+    short_conv,
+    short_conv_step_,
     spike_linear,
     swiglu,
     window_attention,
     window_attention_step_,
+    wkv,
+    wkv_step_,
 )
 from .packed import KINDS, Packed, pack, pack_codes
-from .slots import Slots, make_slots
+from .slots import Carrier, Slots, make_slots
 
 __all__ = [
     "BACKENDS",
@@ -24,12 +32,17 @@ __all__ = [
     "RECURRENT_OPS",
     "Backend",
     "BackendError",
+    "Carrier",
     "Packed",
     "Slots",
     "backends",
     "encode_adaptive",
+    "gated_delta",
+    "gated_delta_step_",
     "gated_linear",
     "gated_linear_step_",
+    "lif_scan",
+    "lif_scan_step_",
     "linear",
     "log_sigmoid",
     "make_slots",
@@ -37,9 +50,13 @@ __all__ = [
     "pack_codes",
     "rms_norm",
     "rotary",
+    "short_conv",
+    "short_conv_step_",
     "spike_linear",
     "swiglu",
     "state_dtype",
     "window_attention",
     "window_attention_step_",
+    "wkv",
+    "wkv_step_",
 ]

@@ -56,14 +56,18 @@ class Backend:
         return getattr(import_module(f"spikingbrain_kernels.{self.name}"), op)
 
 
-RECURRENT_OPS = ("gated_linear", "window_attention")
-OPS = (*RECURRENT_OPS, "linear", "spike_linear", "rms_norm", "encode_adaptive", "swiglu", "log_sigmoid", "rotary")
+RECURRENT_OPS = ("gated_linear", "gated_delta", "wkv", "lif_scan", "short_conv", "window_attention")
+OTHER_OPS = ("linear", "spike_linear", "rms_norm", "encode_adaptive", "swiglu", "log_sigmoid", "rotary")
+OPS = (*RECURRENT_OPS, *OTHER_OPS)
+NATIVE_OPS = ("gated_linear", "window_attention", *OTHER_OPS)
 ANY_DEVICE = ("cpu", "cuda", "meta")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 # In order of preference.
 BACKENDS = (
-    Backend("native", ("cpu",), OPS, dtypes=NATIVE_DTYPES, has_gradients=False, in_place=True, library="library"),
+    Backend(
+        "native", ("cpu",), NATIVE_OPS, dtypes=NATIVE_DTYPES, has_gradients=False, in_place=True, library="library"
+    ),
     Backend("chunked", ANY_DEVICE, RECURRENT_OPS),
     Backend("reference", ANY_DEVICE, OPS),
 )

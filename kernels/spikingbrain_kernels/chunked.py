@@ -1,9 +1,14 @@
 """The same ops in parallel torch: for training and prefill on any device, differentiable, cost linear in T."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad, scaled_dot_product_attention
 
+from .backends import state_dtype
 from .layout import Blocks, Documents, blocks, documents, gather, scatter
 
 CHUNK = 64
@@ -30,7 +35,9 @@ def gated_linear(
     q = (q * scale).unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [M, H_kv, G, C, K]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [M, H_kv, C, K]
     total = log_decay.transpose(1, 2).expand(k.shape).cumsum(2)
-    inputs, state = _scan(layout, k * (total[:, :, -1:] - total).exp(), v, total[:, :, -1], state)
+    updates = (k * (total[:, :, -1:] - total).exp()).transpose(-1, -2) @ v
+    keep = total[:, :, -1].exp()[..., None]
+    inputs, state = _scan(layout, lambda here, memory: keep[here] * memory + updates[here], state)
     out = _within(q, k, v, total) + (q * total.exp()[:, :, None]) @ inputs[:, :, None]
     out = out.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [M, C, H, V]
     return scatter(out, layout.tokens, batch * length), state
@@ -41,19 +48,19 @@ def _chunk_size(longest: int) -> int:
     return max(1, longest) if longest < SUB_CHUNK else min(CHUNK, -(-longest // SUB_CHUNK) * SUB_CHUNK)
 
 
-def _scan(layout: Blocks, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Pass the state from chunk to chunk; gives the state before each chunk `[M, H, K, V]` and after each document."""
-    updates = k.transpose(-1, -2) @ v
-    keep = decay.exp()[..., None]
+def _scan(layout: Blocks, advance: Callable[[slice, Tensor], Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    """Pass the state from block to block; gives the state before each block `[M, ...]` and after each document.
+
+    `advance(here, states)`: the states after the blocks `here` for those before them.
+    """
     current = state[layout.order]
-    before, start = [], 0
+    before, start = [state[:0]], 0
     for active in layout.active:
         here = slice(start, start + active)
         before.append(current[:active])
-        current = torch.cat([keep[here] * current[:active] + updates[here], current[active:]])
+        current = torch.cat([advance(here, current[:active]), current[active:]])
         start += active
-    inputs = torch.cat(before) if before else updates
-    return inputs, current[layout.order.argsort()]
+    return torch.cat(before), current[layout.order.argsort()]
 
 
 def _within(q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> Tensor:
@@ -76,6 +83,186 @@ def _within(q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> Tensor:
     return torch.cat(parts, dim=3)
 
 
+def gated_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Chunk-parallel gated delta rule (arXiv 2412.06464, section 3.3); every exponent is <= 0.
+
+    What token i writes, u_i = beta_i (v_i - k_i S'), depends on what the tokens before it in the chunk wrote and,
+    linearly, on the chunk's first state S: one triangular system gives U = new - seen S.
+    """
+    batch, length = q.shape[:2]
+    docs = documents(batch, length, cu_seqlens, mask, q.device)
+    layout = blocks(docs, _chunk_size(docs.longest))
+    streams = (x.flatten(0, 1).to(state.dtype) for x in (q, k, v, beta, log_decay))
+    q, k, v, beta, log_decay = (gather(x, layout.tokens) for x in streams)
+    q = (q * scale).unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [M, H_kv, G, C, K]
+    k, v, beta, total = (x.transpose(1, 2) for x in (k, v, beta, log_decay.cumsum(1)))  # [M, H_kv, C, ...]
+    later = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    decay = (total - total.transpose(-1, -2)).masked_fill(later, -torch.inf).exp()  # [M, H_kv, C, C]
+    system = beta * decay * (k @ k.transpose(-1, -2))
+    sides = beta * torch.cat([v, total.exp() * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system.tril(-1), sides, upper=False, unitriangular=True)
+    new, seen = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    keep, keys = total[:, :, -1:].exp(), (k * (total[:, :, -1:] - total).exp()).transpose(-1, -2)
+
+    def advance(here: slice, memory: Tensor) -> Tensor:
+        return keep[here] * memory + keys[here] @ (new[here] - seen[here] @ memory)
+
+    inputs, state = _scan(layout, advance, state)
+    near = q @ k.transpose(-1, -2)[:, :, None] * decay[:, :, None]
+    out = near @ (new - seen @ inputs)[:, :, None] + (q * total.exp()[:, :, None]) @ inputs[:, :, None]
+    return scatter(out.permute(0, 3, 1, 2, 4).flatten(2, 3), layout.tokens, batch * length), state
+
+
+def wkv(
+    k: Tensor,
+    v: Tensor,
+    time_decay: Tensor,
+    time_first: Tensor,
+    *,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Blocks of RWKV-4: each token a softmax over its block's tokens and the state, channel by channel."""
+    batch, length = k.shape[:2]
+    docs = documents(batch, length, cu_seqlens, mask, k.device)
+    layout = blocks(docs, max(1, min(SUB_CHUNK, docs.longest)))
+    k, v = (gather(x.flatten(0, 1).to(state.dtype), layout.tokens) for x in (k, v))  # [M, C, D]
+    w, u = -time_decay.to(state.dtype).exp(), time_first.to(state.dtype)
+    index = torch.arange(k.shape[1], device=k.device)[:, None]
+    real = (layout.tokens >= 0)[..., None]
+    count = real.sum(1)
+    # A token's weight at its block's end, relative to the block's largest; a block's steps are its real tokens.
+    exponent = (k + (count[:, None] - 1 - index) * w).masked_fill(~real, -torch.inf)
+    top = exponent.amax(1).detach()
+    weight = (exponent - top[:, None]).exp()
+    block = torch.stack([(weight * v).sum(1), weight.sum(1)], dim=1)
+
+    def advance(here: slice, memory: Tensor) -> Tensor:
+        old = (memory[:, 2] + count[here] * w).masked_fill(memory[:, 1] == 0, -torch.inf)
+        largest = torch.maximum(old, top[here]).detach()
+        sums = (old - largest).exp()[:, None] * memory[:, :2] + (top[here] - largest).exp()[:, None] * block[here]
+        return torch.cat([sums, largest[:, None]], dim=1)
+
+    inputs, state = _scan(layout, advance, state)
+    numerator, denominator, top = inputs.unbind(1)
+    empty = denominator == 0
+    denominator = denominator.masked_fill(empty, 1)
+    carried = (top + denominator.log()).masked_fill(empty, -torch.inf)[:, None] + index * w  # [M, C, D]
+    lag = index - 1 - index.T
+    offset = torch.where((lag == -1)[..., None], u, lag[..., None] * w).masked_fill((lag < -1)[..., None], -torch.inf)
+    weights = torch.cat([carried[:, :, None], k[:, None] + offset], dim=2).softmax(2)  # [M, C, 1 + C, D]
+    out = weights[:, :, 0] * (numerator / denominator)[:, None] + (weights[:, :, 1:] * v[:, None]).sum(2)
+    return scatter(out, layout.tokens, batch * length), state
+
+
+def lif_scan(
+    x: Tensor,
+    *,
+    tau: float,
+    v_th: float,
+    v_reset: float | None,
+    decay_input: bool,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """All documents step together, without a graph of the steps: the backward pass is written out."""
+    batch, length = x.shape[:2]
+    layout = blocks(documents(batch, length, cu_seqlens, mask, x.device), 1)
+    inputs = gather(x.flatten(0, 1).to(state.dtype), layout.tokens[:, 0])  # [N, C], step after step
+    spikes, membrane = _LIF.apply(inputs, state, layout, tau, v_th, v_reset, decay_input)
+    return scatter(spikes[:, None], layout.tokens, batch * length), membrane
+
+
+class _LIF(torch.autograd.Function):
+    """Leaky integrate-and-fire over blocks of one token; saves the charged membranes and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        state: Tensor,
+        layout: Blocks,
+        tau: float,
+        v_th: float,
+        v_reset: float | None,
+        decay_input: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rest = v_reset or 0.0
+        charged = torch.zeros_like(x)
+
+        def advance(here: slice, membrane: Tensor) -> Tensor:
+            if decay_input:
+                h = membrane + (x[here] - (membrane - rest)) / tau
+            else:
+                h = membrane - (membrane - rest) / tau + x[here]
+            charged[here] = h
+            return torch.where(h >= v_th, h - v_th if v_reset is None else torch.full_like(h, v_reset), h)
+
+        _, membrane = _scan(layout, advance, state)
+        ctx.save_for_backward(charged)
+        ctx.layout, ctx.v_th, ctx.v_reset = layout, v_th, v_reset
+        ctx.leak, ctx.gain = 1 - 1 / tau, 1 / tau if decay_input else 1.0
+        return (charged >= v_th).to(x.dtype), membrane
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (charged,) = ctx.saved_tensors
+        spikes, membrane = gradients
+        surrogate = 1 / (1 + (torch.pi * (charged - ctx.v_th)).square())
+        if ctx.v_reset is None:
+            through = 1 - ctx.v_th * surrogate
+        else:
+            through = (charged < ctx.v_th).to(charged.dtype) + (ctx.v_reset - charged) * surrogate
+        direct = spikes * surrogate
+        out = torch.zeros_like(charged)
+        current, end = membrane[ctx.layout.order], len(charged)
+        for active in reversed(ctx.layout.active):
+            here = slice(end - active, end)
+            out[here] = current[:active] * through[here] + direct[here]
+            current = torch.cat([out[here] * ctx.leak, current[active:]])
+            end -= active
+        return out * ctx.gain, current[ctx.layout.order.argsort()], None, None, None, None, None
+
+
+def short_conv(
+    x: Tensor, weight: Tensor, *, state: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One gather and one product a tap, over all tokens; tokens before a document's first new one are its state."""
+    batch, length = x.shape[:2]
+    docs = documents(batch, length, cu_seqlens, mask, x.device)
+    reach, dtype = state.shape[1], state_dtype(x.dtype)
+    stream = torch.cat([x.flatten(0, 1), state.flatten(0, 1)]).to(dtype)
+    taps = weight.to(dtype)
+
+    def take(document: Tensor, relative: Tensor) -> Tensor:
+        """Inputs `relative` tokens after the documents' first new ones."""
+        new = docs.at(docs.starts[document] + relative)
+        return stream[torch.where(relative >= 0, new, batch * length + (document + 1) * reach + relative)]
+
+    rows = torch.arange(len(docs.lengths), device=x.device)
+    document = torch.repeat_interleave(rows, docs.lengths)
+    relative = torch.arange(len(docs.tokens), device=x.device) - docs.starts[document]
+    out = torch.zeros_like(x.flatten(0, 1)[docs.tokens], dtype=dtype)
+    for lag in range(reach + 1):
+        out = out + taps[:, reach - lag] * take(document, relative - lag)
+    last = take(rows[:, None], docs.lengths[:, None] + torch.arange(-reach, 0, device=x.device))
+    return scatter(out[:, None], docs.tokens[:, None], batch * length), last.to(state.dtype)
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -84,6 +271,7 @@ def window_attention(
     window: int,
     positions: Tensor,
     scale: float,
+    sinks: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
@@ -102,6 +290,9 @@ def window_attention(
     # A query past its document's end sees itself, so that no row is empty.
     visible = (distance >= 0) & (distance < window) & (place >= 0)[:, None] | (distance == 0)
     keys, values = (gather(_stream(x, state, i), place).transpose(1, 2) for i, x in enumerate((k, v)))
+    if sinks is not None:
+        keys, values = (_with_sinks(x, sinks[:, i]) for i, x in enumerate((keys, values)))
+        visible = pad(visible, (len(sinks), 0), value=True)
     out = _attend(gather(q.flatten(0, 1), layout.tokens), keys, values, visible, scale)
     return scatter(out, layout.tokens, batch * length), _remember(k, v, docs, first, state)
 
@@ -125,6 +316,11 @@ def _key_places(
     position = first[document] + relative
     stored = (relative < 0) & (relative >= -capacity) & (position >= 0)
     return torch.where(stored, num_tokens + document * capacity + position % capacity, place)
+
+
+def _with_sinks(x: Tensor, sinks: Tensor) -> Tensor:
+    """`sinks [S, H_kv, D]` before the keys or values `[M, H_kv, N, D]` of every block."""
+    return torch.cat([sinks.to(x.dtype).transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:

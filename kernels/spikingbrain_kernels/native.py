@@ -45,7 +45,8 @@ class _Attention(ctypes.Structure):
         *((name, c_int64) for name in ("pool_type", "capacity")),
         ("out", c_void_p),
         ("scale", c_float),
-        *((name, c_int64) for name in ("heads", "groups", "width", "window")),
+        ("sinks", c_void_p),
+        *((name, c_int64) for name in ("num_sinks", "heads", "groups", "width", "window")),
     ]
 
 
@@ -75,6 +76,7 @@ def window_attention(
     window: int,
     positions: Tensor,
     scale: float,
+    sinks: Tensor | None,
     state: Tensor | Slots | None,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
@@ -89,8 +91,8 @@ def window_attention(
     pool, slots = None, None
     if state is not None:
         state, pool, slots = _pool(state)
-    window = min(window, torch.iinfo(torch.int64).max)
-    args = (q, k, v, pool, slots, tokens, starts, first.contiguous(), window, scale)
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    args = (q, k, v, sinks, pool, slots, tokens, starts, first.contiguous(), window, scale)
     return _call("window_attention_", _window_attention, *args), state
 
 
@@ -211,6 +213,7 @@ def _window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     pool: Tensor | None,
     slots: Tensor | None,
     tokens: Tensor | None,
@@ -226,7 +229,7 @@ def _window_attention(
         *(_tokens(x) for x in (q, k, v)),
         *(address(x) for x in (tokens, starts, first, slots, pool)),
         *(pool_type, capacity, out.data_ptr(), scale),
-        *(q.shape[2], k.shape[2], k.shape[3], window),
+        *(address(sinks), 0 if sinks is None else len(sinks), q.shape[2], k.shape[2], k.shape[3], window),
     )
     library().window_attention(ctypes.addressof(call), len(starts) - 1, torch.get_num_threads())
     return out
@@ -316,7 +319,7 @@ def _(q, k, v, log_decay, pool, slots, tokens, starts, scale):  # noqa: ARG001
 
 
 @_OPS["window_attention_"].register_fake
-def _(q, k, v, pool, slots, tokens, starts, first, window, scale):  # noqa: ARG001
+def _(q, k, v, sinks, pool, slots, tokens, starts, first, window, scale):  # noqa: ARG001
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 

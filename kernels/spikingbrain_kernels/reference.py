@@ -3,12 +3,28 @@
 Works in fp64 and in fp32 (half precision is computed in fp32). B batch, T tokens, H heads, K key and V value width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .backends import state_dtype
-from .layout import documents
+from .layout import Documents, documents
 from .packed import GROUP, Packed
+
+
+def _recur(
+    docs: Documents, state: Tensor, shape: tuple[int, ...], step: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """`step(t, memory) -> (out, memory)` over the tokens of each document; outs `shape` (a masked token's is zero)."""
+    out = torch.zeros(shape, dtype=state.dtype, device=state.device)
+    states = []
+    for memory, tokens in zip(state, docs.tokens.split(docs.lengths.tolist()), strict=True):
+        for t in tokens.tolist():
+            result, memory = step(t, memory)
+            out = out.index_put((torch.tensor(t),), result)
+        states.append(memory)
+    return out, torch.stack(states)
 
 
 def gated_linear(
@@ -26,16 +42,120 @@ def gated_linear(
     docs = documents(q.shape[0], q.shape[1], cu_seqlens, mask, q.device)
     groups = q.shape[2] // k.shape[2]
     q, k, v, decay = (x.flatten(0, 1).to(state.dtype) for x in (q, k, v, log_decay.exp()))
-    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=state.dtype, device=q.device)
-    states = []
-    for number, tokens in enumerate(docs.tokens.split(docs.lengths.tolist())):
-        memory = state[number]
-        for t in tokens.tolist():
-            memory = decay[t, :, :, None] * memory + k[t, :, :, None] * v[t, :, None, :]
-            read = memory.repeat_interleave(groups, dim=0)
-            out = out.index_put((torch.tensor(t),), scale * torch.einsum("hk,hkv->hv", q[t], read))
-        states.append(memory)
-    return out, torch.stack(states)
+
+    def step(t: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        memory = decay[t, :, :, None] * memory + k[t, :, :, None] * v[t, :, None, :]
+        return scale * torch.einsum("hk,hkv->hv", q[t], memory.repeat_interleave(groups, dim=0)), memory
+
+    return _recur(docs, state, (*q.shape[:2], v.shape[-1]), step)
+
+
+def gated_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """S' = exp(g_t) S_{t-1};  S_t = S' + beta_t k_t^T (v_t - k_t S');  o_t = scale * q_t S_t  (arXiv 2412.06464)."""
+    docs = documents(q.shape[0], q.shape[1], cu_seqlens, mask, q.device)
+    groups = q.shape[2] // k.shape[2]
+    q, k, v, beta, decay = (x.flatten(0, 1).to(state.dtype) for x in (q, k, v, beta, log_decay.exp()))
+
+    def step(t: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        memory = decay[t, :, :, None] * memory
+        error = beta[t] * (v[t] - torch.einsum("hk,hkv->hv", k[t], memory))
+        memory = memory + k[t, :, :, None] * error[:, None, :]
+        return scale * torch.einsum("hk,hkv->hv", q[t], memory.repeat_interleave(groups, dim=0)), memory
+
+    return _recur(docs, state, (*q.shape[:2], v.shape[-1]), step)
+
+
+def wkv(
+    k: Tensor,
+    v: Tensor,
+    time_decay: Tensor,
+    time_first: Tensor,
+    *,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """o_t = (sum_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u + k_t} v_t) / (the same without v)  (RWKV-4, arXiv 2305.13048).
+
+    w = -e^time_decay, u = time_first.
+    `state [D, 3, C]`: numerator and denominator divided by e^m, and m, the largest exponent so far. The result does not
+    depend on m, so no gradient goes through it.
+    """
+    docs = documents(k.shape[0], k.shape[1], cu_seqlens, mask, k.device)
+    k, v = (x.flatten(0, 1).to(state.dtype) for x in (k, v))
+    w, u = -time_decay.to(state.dtype).exp(), time_first.to(state.dtype)
+
+    def step(t: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        numerator, denominator, top = memory
+        top = top.masked_fill(denominator == 0, -torch.inf)
+        largest = torch.maximum(top, u + k[t]).detach()
+        old, new = (top - largest).exp(), (u + k[t] - largest).exp()
+        out = (old * numerator + new * v[t]) / (old * denominator + new)
+        largest = torch.maximum(top + w, k[t]).detach()
+        old, new = (top + w - largest).exp(), (k[t] - largest).exp()
+        return out, torch.stack([old * numerator + new * v[t], old * denominator + new, largest])
+
+    return _recur(docs, state, k.shape, step)
+
+
+def lif_scan(
+    x: Tensor,
+    *,
+    tau: float,
+    v_th: float,
+    v_reset: float | None,
+    decay_input: bool,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Leaky integrate-and-fire over tokens: h_t = leak(v_{t-1}) + x_t, s_t = [h_t >= v_th], v_t = h_t after the reset.
+
+    Gradient of s_t with respect to h_t: that of the arc tangent, 1 / (1 + (pi (h_t - v_th))^2); the reset passes it on.
+    """
+    docs = documents(x.shape[0], x.shape[1], cu_seqlens, mask, x.device)
+    x = x.flatten(0, 1).to(state.dtype)
+    rest = v_reset or 0.0
+
+    def step(t: int, membrane: Tensor) -> tuple[Tensor, Tensor]:
+        if decay_input:
+            charged = membrane + (x[t] - (membrane - rest)) / tau
+        else:
+            charged = membrane - (membrane - rest) / tau + x[t]
+        smooth = torch.atan(torch.pi * (charged - v_th)) / torch.pi
+        spike = (charged >= v_th).to(x.dtype) + (smooth - smooth.detach())
+        if v_reset is None:
+            return spike, charged - spike * v_th
+        return spike, (1 - spike) * charged + spike * v_reset
+
+    return _recur(docs, state, x.shape, step)
+
+
+def short_conv(
+    x: Tensor, weight: Tensor, *, state: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y_t = sum_i weight[:, N - 1 - i] * x_{t-i}: `state [D, N - 1, C]`: the last inputs, in order."""
+    docs = documents(x.shape[0], x.shape[1], cu_seqlens, mask, x.device)
+    dtype = state_dtype(x.dtype)
+    x, taps = x.flatten(0, 1).to(dtype), weight.to(dtype).T
+
+    def step(t: int, past: Tensor) -> tuple[Tensor, Tensor]:
+        window = torch.cat([past, x[t : t + 1]])
+        return (taps * window).sum(0), window[1:]
+
+    out, last = _recur(docs, state.to(dtype), x.shape, step)
+    return out, last.to(state.dtype)
 
 
 def window_attention(
@@ -46,11 +166,12 @@ def window_attention(
     window: int,
     positions: Tensor,
     scale: float,
+    sinks: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of each token over itself and the `window - 1` tokens before it in its document.
+    """Softmax attention of each token over the sinks, itself and the `window - 1` tokens before it in its document.
 
     `state [D, capacity, 2, H_kv, V]` is a ring: the token at position p lies in place p mod capacity.
     """
@@ -68,6 +189,7 @@ def window_attention(
             p = position[t]
             ring[p] = torch.stack([k[t], v[t]])
             visible = torch.stack([ring[i] for i in range(max(0, p - window + 1), p + 1) if i in ring])
+            visible = visible if sinks is None else torch.cat([sinks.to(k.dtype), visible])
             keys, values = visible.repeat_interleave(groups, dim=2).unbind(1)
             weights = torch.softmax(scale * torch.einsum("hk,nhk->hn", q[t], keys), dim=-1)
             out = out.index_put((torch.tensor(t),), torch.einsum("hn,nhv->hv", weights, values))

@@ -1,11 +1,21 @@
-"""Rows of a state pool, addressed by slot: how an engine hands a state to an op that updates it in place."""
+"""States that live elsewhere: rows of a pool that an op updates in place, or states that are on other ranks."""
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 PADDING = -1
+
+
+class Carrier(ABC):
+    """A state that decides itself how an op is run with it: what sequence parallelism hands to ops as their state."""
+
+    @abstractmethod
+    def carry(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """The output of `op(*args, state=..., **kwargs)` with the state this stands for, and the new state."""
 
 
 class Slots(NamedTuple):

@@ -18,3 +18,11 @@ class RequestFailed(RuntimeError):
 
 class EngineStopped(RuntimeError):
     """The engine's thread has ended and serves nothing any more."""
+
+
+class Overloaded(RuntimeError):
+    """So many requests wait that one more is turned away; `retry_after`: seconds after which to try again."""
+
+    def __init__(self, retry_after: int):
+        super().__init__(f"too many requests are waiting; try again in {retry_after} s")
+        self.retry_after = retry_after

@@ -4,7 +4,7 @@ from collections.abc import Sequence as Collection
 from pathlib import Path
 from typing import Any
 
-from .engine import EngineConfig
+from .config import EngineConfig
 from .errors import RequestFailed
 from .loading import load_engine
 from .prompts import Message, Prompt, encode_chat, tokens_of

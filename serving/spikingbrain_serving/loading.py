@@ -7,7 +7,8 @@ import torch
 from spikingbrain import InputError, SpikingBrainConfig
 from spikingbrain.checkpoint import load_config, load_model, load_tokenizer
 
-from .engine import Engine, EngineConfig
+from .config import EngineConfig
+from .engine import Engine
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")

@@ -22,8 +22,13 @@ def tokens_of(tokenizer: Any, prompt: Prompt) -> list[int]:
     return encode(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
 
 
-def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """The tokens of a conversation up to where the assistant speaks next.
+def encode_chat(tokenizer: Any, messages: list[Message], tools: list[Message] | None = None) -> list[int]:
+    """The tokens of `render_chat`."""
+    return encode(tokenizer, render_chat(tokenizer, messages, tools), add_special_tokens=False)
+
+
+def render_chat(tokenizer: Any, messages: list[Message], tools: list[Message] | None = None) -> str:
+    """The text of a conversation up to where the assistant speaks next; `tools` are functions it may call.
 
     Raises `InvalidRequest` if the model has no chat template or the template refuses the messages.
     """
@@ -36,10 +41,9 @@ def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
 
     flat = [{**message, "content": _text_of(message)} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(flat, tools=tools, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:
         raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error
-    return encode(tokenizer, text, add_special_tokens=False)
 
 
 def _text_of(message: Message) -> str:

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from ..config import SpikingBrainConfig
 from ..errors import InputError
 from ..files import read_json
 from ..model import SpikingBrainForCausalLM
-from ..neurons import Spikes
+from ..neurons import Spikes, SpikingNeuron
 from ..spiking import SpikeEncoder
 from ..state import StatePool
 
@@ -23,20 +23,18 @@ SIZES = (
 )
 
 
-class Silenced(nn.Module):
+class Silenced(SpikingNeuron):
     """A neuron of which a given part of the channels, another one each time, stays silent and all others fire."""
 
-    signed = True
-
-    def __init__(self, neuron: nn.Module, silent: float):
-        super().__init__()
+    def __init__(self, neuron: SpikingNeuron, silent: float):
+        super().__init__(neuron.channels)
         self.neuron, self.silent = neuron, silent
         self.masks: list[Tensor] = []
         self.calls = 0
 
-    def forward(self, x: Tensor) -> Spikes:
+    def fire(self, x: Tensor) -> Spikes:
         """`x [..., C]` -> `Spikes`."""
-        counts, scale = self.neuron(x)
+        counts, scale, _ = self.neuron.fire(x)
         if not self.masks:
             channels, number = x.shape[-1], round(self.silent * x.shape[-1])
             self.masks = [torch.randperm(channels)[:number] for _ in range(NUM_MASKS)]

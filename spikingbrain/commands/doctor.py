@@ -9,6 +9,7 @@ EXTRAS = {
     "train": ("deepspeed", "pydantic", "pyyaml"),
     "serve": ("fastapi", "uvicorn"),
     "demo": ("matplotlib", "jinja2", "openai"),
+    "eval": ("lm-eval", "peft"),
     "cuda": ("triton", "flash-linear-attention"),
     "vllm": ("vllm",),
 }

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ..files import new_directory
 
-HELD_OUT_SHARE = 0.05
+HELD_OUT_SHARE = 0.1
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-VOCABULARY = 2048
+VOCABULARY = 1024
 END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

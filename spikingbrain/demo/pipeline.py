@@ -12,7 +12,7 @@ from . import corpus, measure, report, server
 from .stages import Figures, Stage, command, run_stages
 
 CONTEXT = 256
-EVAL_TOKENS = 49_152
+EVAL_TOKENS = 32_768
 WINDOW = 64
 SPIKES = {"neuron": "adaptive", "k": 3.0, "code": "bitwise"}
 # What the report promises: see the README's table.

@@ -17,8 +17,8 @@ Shard = Literal["heads", "kv_heads", "replicate"]
 class Projection(NamedTuple):
     """A linear map `[in] -> [out]`.
 
-    `source`: what it reads: "hidden", another projection's name, or "mixed" (what `mix` returns). `shard`: how tensor
-    parallelism cuts it.
+    `source`: what it reads: "hidden", a name that `sources` makes, another projection's name, or "mixed" (what `mix`
+    returns; at most one projection reads it). `shard`: how tensor parallelism cuts it.
     """
 
     in_features: int
@@ -30,6 +30,12 @@ class Projection(NamedTuple):
 
 class MixerContract(Protocol):
     """What the decoder, conversion, training, the engine and vLLM ask of a mixer, and all they ask.
+
+    A mixer may also have two parts of less common ones:
+    `sources(hidden, state, *, cu_seqlens, mask) -> (tensors by name, state)` makes what its projections read besides
+    "hidden" (a convolution, a token shift); `finish(p, out) -> out` is applied to what was projected back (a gate).
+    Each part returns the states that it changed. Parameters live in submodules that are called, never on the mixer
+    itself: sharding and offloading fetch them at the call.
 
     `kind`: how sequence parallelism passes the state on: `diagonal` and `dense` maps compose, `serial` states are
     handed from rank to rank, `attention` exchanges keys.
@@ -53,7 +59,11 @@ class MixerContract(Protocol):
         cu_seqlens: Tensor | None,
         mask: Tensor | None,
     ) -> tuple[Tensor, LayerState]:
-        """Projected tensors `[B, T, out]` -> `[B, T, H * V]` and the new state; an empty state: nothing came before."""
+        """Projected tensors `[B, T, out]` -> `[B, T, H * V]` and the new state; an empty state: nothing came before.
+
+        `p` also holds what the projections read, "hidden" `[B, T, D]` and what `sources` made. Where none reads
+        "mixed", the result is the block's output `[B, T, D]`.
+        """
 
     @staticmethod
     def init_from_attention(tensors: dict[str, Tensor], config: Any, generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Gated linear attention as SpikingBrain-7B has it on even layers (arXiv 2509.05276, section 2.1; GLA, 2312.06635)."""
+"""Gated linear attention as SpikingBrain-7B and 76B have it (arXiv 2509.05276, section 2; GLA, 2312.06635)."""
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ GATE_GAIN = 2**-2.5
 
 class Mixer(nn.Module):
     """S_t = diag(a_t) S_{t-1} + k_t^T v_t, o_t = norm(q_t S_t / sqrt(K)); a_t = sigmoid(gate(x_t))^(1/normalizer).
+
+    With a tied gate a_t = 1 - k_t, where k_t = sigmoid(k_proj(x_t)) (the 76B; as in MetaLA, arXiv 2411.10741).
 
     q and k pass a feature map; no positions, no denominator: the norm over each head takes its place. One state for
     each group of heads that share k, v and decay.
@@ -39,10 +41,12 @@ class Mixer(nn.Module):
 
     @staticmethod
     def projections(config: SpikingBrainConfig) -> dict[str, Projection]:
-        """q, k, v, o and the gate: one dense projection, or two of low rank."""
+        """q, k, v, o and, unless it is tied, the gate: one dense projection, or two of low rank."""
         width, rank = config.hidden_size, config.gate["rank"]
         groups = config.num_key_value_heads * config.head_dim
-        if rank is None:
+        if config.gate["tied"]:
+            gate = {}
+        elif rank is None:
             gate = {"gate_proj": Projection(width, groups, True, "kv_heads")}
         else:
             gate = {
@@ -68,9 +72,11 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """`p` of q, k, v and gate -> `[B, T, H * D]`."""
         heads = (-1, self.config.head_dim)
-        q, k, v, gate = (p[name].unflatten(-1, heads) for name in ("q_proj", "k_proj", "v_proj", "gate_proj"))
+        q, k, v = (p[name].unflatten(-1, heads) for name in ("q_proj", "k_proj", "v_proj"))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        # log(1 - sigmoid(k)) = log sigmoid(-k).
+        gate = -k if self.config.gate["tied"] else p["gate_proj"].unflatten(-1, heads)
         out, memory = gated_linear(
             self.feature_map(q),
             self.feature_map(k),

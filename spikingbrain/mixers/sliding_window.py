@@ -11,8 +11,17 @@ from ..state import LayerState, StateSpec
 from . import Projection, attention_projections
 
 
+def first_sinks(config: SpikingBrainConfig, generator: torch.Generator | None = None) -> Tensor:
+    """Sinks before training: small random keys and zero values, which only take a share of the attention."""
+    keys = torch.randn(config.num_sinks, config.num_key_value_heads, config.head_dim, generator=generator)
+    return torch.stack([config.initializer_range * keys, torch.zeros_like(keys)], dim=1)
+
+
 class Mixer(nn.Module):
-    """Grouped-query attention with rotary positions; each token sees itself and the `window - 1` tokens before it."""
+    """Grouped-query attention with rotary positions; each token sees itself and the `window - 1` tokens before it.
+
+    With `num_sinks` S every token also sees the learned `sinks [S, 2, H_kv, D]`, keys (not rotated) and values.
+    """
 
     kind = "attention"
 
@@ -20,6 +29,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.config = config
         self.rotary = Rotary(config)
+        self.sinks = nn.Parameter(first_sinks(config)) if config.num_sinks else None
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
@@ -57,6 +67,7 @@ class Mixer(nn.Module):
             *self.heads(p, positions),
             window=self.config.window,
             positions=positions,
+            sinks=self.sinks,
             state=state.get("ring"),
             cu_seqlens=cu_seqlens,
             mask=mask,
@@ -65,9 +76,9 @@ class Mixer(nn.Module):
 
     @staticmethod
     def init_from_attention(
-        tensors: dict[str, Tensor],
-        config: SpikingBrainConfig,  # noqa: ARG004
-        generator: torch.Generator,  # noqa: ARG004
+        tensors: dict[str, Tensor], config: SpikingBrainConfig, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """All tensors are those of the attention layer."""
-        return tensors
+        """The tensors of the attention layer; new: the sinks."""
+        if not config.num_sinks:
+            return tensors
+        return {**tensors, "sinks": first_sinks(config, generator).to(tensors["k_proj.weight"].dtype)}

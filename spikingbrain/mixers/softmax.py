@@ -40,6 +40,7 @@ class Mixer(sliding_window.Mixer):
             *self.heads(p, positions),
             window=sys.maxsize,
             positions=positions,
+            sinks=self.sinks,
             state=memory,
             cu_seqlens=cu_seqlens,
             mask=mask,

@@ -101,6 +101,14 @@ def test_window_attention_of_any_head_size_equals_the_reference(heads, window):
     assert relative_rms(*results) < 1e-5
 
 
+@pytest.mark.parametrize("num_sinks", [1, 70])
+def test_sinks_equal_the_reference(num_sinks):
+    q, k, v, _ = tensors(2, 150, 4, 2, 12, 12)
+    options = {"window": 9, "positions": torch.arange(150)[None], "sinks": torch.randn(num_sinks, 2, 2, 12)}
+    results = [window_attention(q, k, v, **options, backend=name)[0] for name in ("native", "reference")]
+    assert relative_rms(*results) < 1e-5
+
+
 @pytest.mark.parametrize("op", ["gated_linear", "window_attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_and_threads_change_no_bit(op, dtype):

@@ -1,6 +1,8 @@
 """Conversion loses nothing, invents nothing unsaid, and leaves nothing behind when it fails."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,10 +21,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from spikingbrain import InputError
-from spikingbrain import convert as convert_module
+from spikingbrain import InputError, checkpoint
+from spikingbrain.calibration import turn_on_spikes
 from spikingbrain.checkpoint import load_model
-from spikingbrain.convert import convert, turn_on_spikes
+from spikingbrain.convert import convert
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -98,17 +100,77 @@ def test_every_tensor_is_copied_or_reported_as_new(tmp_path, name):
     assert len(new) + report["num_copied_tensors"] == len(made)
 
 
+def test_sinks_and_a_tied_gate_add_only_sinks_and_norms(tmp_path):
+    make_base(tmp_path)
+    options = {"num_sinks": 6, "gate": {"tied": True}}
+    report = convert(tmp_path / "base", tmp_path / "out", ["gla+sliding_window", "gla+softmax"], **options)
+    layer_1 = {name.removeprefix("model.layers.1.mixer.") for name in report["new_parameters"] if ".layers.1." in name}
+    assert layer_1 == {"gla.g_norm.weight", "branch_norm.gla.weight", "branch_norm.softmax.weight", "softmax.sinks"}
+    sinks = load_model(tmp_path / "out").model.layers[1].mixer.softmax.sinks
+    assert sinks.shape == (6, 2, 2, 16)
+    assert float(sinks[:, 0].std()) == pytest.approx(0.02, rel=0.3)
+    assert not sinks[:, 1].any()
+
+
 def test_a_sharded_bf16_base_gives_the_same_tensors_in_bf16(tmp_path, monkeypatch):
     base = make_base(tmp_path).bfloat16()
     base.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
     base.save_pretrained(tmp_path / "single")
-    monkeypatch.setattr(convert_module, "MAX_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(checkpoint, "MIN_SHARD_BYTES", 50_000)
     convert(tmp_path / "sharded", tmp_path / "a", ["gla"])
     monkeypatch.undo()
     convert(tmp_path / "single", tmp_path / "b", ["gla"])
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 2
     one, other = (load_model(tmp_path / x).state_dict() for x in "ab")
     assert all(t.dtype == torch.bfloat16 and torch.equal(t, other[n]) for n, t in one.items())
+
+
+def test_pytorch_files_convert_like_safetensors(tmp_path):
+    make_base(tmp_path)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    convert(tmp_path / "base", tmp_path / "a", ["gla"])
+    (tmp_path / "base" / "model.safetensors").unlink()
+    halves = {f"pytorch_model-{i + 1:05d}-of-00002.bin": dict(list(tensors.items())[i::2]) for i in range(2)}
+    for name, part in halves.items():
+        torch.save(part, tmp_path / "base" / name)
+    index = {"weight_map": {tensor: name for name, part in halves.items() for tensor in part}}
+    (tmp_path / "base" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    convert(tmp_path / "base", tmp_path / "b", ["gla"])
+    one, other = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    next(tmp_path.glob("base/*2.bin")).write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"00002-of-00002.bin is damaged"):
+        convert(tmp_path / "base", tmp_path / "c", ["gla"])
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from spikingbrain.convert import convert
+
+def kilobytes(name):
+    return int(re.search(rf"{name}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+convert(sys.argv[1], sys.argv[3] + "/small", ["gla", "sliding_window"])
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+before = kilobytes("VmRSS")
+convert(sys.argv[2], sys.argv[3] + "/large", ["gla", "sliding_window"])
+print(1024 * (kilobytes("VmHWM") - before))
+"""
+
+
+def test_converting_holds_less_than_one_and_a_half_of_the_largest_shard(tmp_path):
+    make_base(tmp_path)
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 16_000}
+    large = Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **sizes}))
+    large.save_pretrained(tmp_path / "large", max_shard_size="60MB")
+    shards = [file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors")]
+    assert len(shards) > 2
+    paths = [str(tmp_path / name) for name in ("base", "large", "out")]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 1.5 * max(shards)
+    assert len(list((tmp_path / "out" / "large").glob("*.safetensors"))) > 2
 
 
 def damaged(base, kind):
@@ -175,7 +237,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert_module, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         convert(tmp_path / "base", tmp_path / "out", ["gla"])
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -187,7 +249,7 @@ def test_interrupting_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_module, "save_file", interrupted)
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "base", tmp_path / "out", ["gla"])
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -203,3 +265,18 @@ def test_turning_on_spikes_keeps_the_weights_to_the_bit(tmp_path):
     assert all(torch.equal(tensor, spikes.state_dict()[name]) for name, tensor in dense.state_dict().items())
     with pytest.raises(InputError, match="convert it first"):
         turn_on_spikes(tmp_path / "base", tmp_path / "x", spiking)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["gated_delta", "metala", "rwkv"])
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_every_linear_mixer_can_start_from_attention(tmp_path, name, mixer):
+    make_base(tmp_path, name)
+    report = convert(tmp_path / "base", tmp_path / "out", [mixer])
+    model = load_model(tmp_path / "out")
+    logits = model(torch.randint(0, 101, (2, 20))).logits
+    assert bool(logits.isfinite().all())
+    assert f"model.layers.0.mixer.{'r_proj' if mixer == 'rwkv' else 'g_proj'}.weight" in report["new_parameters"]
+    source = load_file(tmp_path / "base" / "model.safetensors")
+    written = model.state_dict()["model.layers.2.mixer.o_proj.weight"]
+    assert torch.equal(written, source["model.layers.2.self_attn.o_proj.weight"])

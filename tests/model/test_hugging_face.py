@@ -48,8 +48,10 @@ def test_beams_with_a_cache_equal_beams_without(model, options):
 def test_a_cache_goes_on_with_several_tokens(model):
     first = model.generate(tokens(), max_new_tokens=5, return_dict_in_generate=True, **GREEDY)
     longer = torch.cat([first.sequences, tokens(2, 4)], dim=1)
-    with_cache = model.generate(longer, past_key_values=first.past_key_values, max_new_tokens=6, **GREEDY)
-    assert torch.equal(with_cache, model.generate(longer, max_new_tokens=6, **GREEDY))
+    # Without a mask, generate() would take a generated token 0 for padding.
+    options = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 6, **GREEDY}
+    with_cache = model.generate(longer, past_key_values=first.past_key_values, **options)
+    assert torch.equal(with_cache, model.generate(longer, **options))
 
 
 def test_chunked_prefill_by_generate_gives_the_same_tokens(model):

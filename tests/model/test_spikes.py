@@ -16,22 +16,30 @@ CODES = registry.names("codes")
 SIGNED_CODES = [name for name in CODES if registry.load("codes", name).SIGNED]
 
 
-def make_neuron(name):
-    return registry.load("neurons", name).Neuron()
+# Their counts are x in units of the scale, rounded, where they fire; others saturate or remember.
+ROUNDING = ["adaptive", "dead_zone", "gif", "int8"]
+PARALLEL = [name for name in NEURONS if registry.load("neurons", name).Neuron(1).parallel]
+
+
+def make_neuron(name, channels, **params):
+    return registry.load("neurons", name).Neuron(channels, **params)
 
 
 @pytest.mark.parametrize("name", NEURONS)
 def test_counts_are_whole_and_stand_for_the_input(name):
     x = torch.randn(2, 5, 64)
-    spikes = make_neuron(name)(x)
+    spikes = make_neuron(name, 64)(x)
     assert torch.equal(spikes.counts, spikes.counts.round())
     assert spikes.scale.shape == (2, 5, 1)
-    assert bool(((spikes.counts * spikes.scale - x).abs() <= spikes.scale / 2 + 1e-6).all())
+    assert float((spikes.counts * x).sum()) > 0
+    if name in ROUNDING:
+        fired = spikes.counts != 0
+        assert bool(((spikes.counts * spikes.scale - x).abs() <= spikes.scale / 2 + 1e-6)[fired].all())
 
 
-@pytest.mark.parametrize("name", NEURONS)
+@pytest.mark.parametrize("name", PARALLEL)
 def test_a_threshold_depends_on_one_token_only(name):
-    neuron, x = make_neuron(name), torch.randn(3, 7, 32)
+    neuron, x = make_neuron(name, 32), torch.randn(3, 7, 32)
     whole = neuron(x)
     for row in range(3):
         for t in range(7):
@@ -42,7 +50,7 @@ def test_a_threshold_depends_on_one_token_only(name):
 
 @pytest.mark.parametrize("name", NEURONS)
 def test_zero_and_huge_inputs_are_ordinary_inputs(name):
-    neuron = make_neuron(name)
+    neuron = make_neuron(name, 8)
     assert not neuron(torch.zeros(1, 1, 8)).counts.any()
     assert bool(neuron(torch.full((1, 1, 8), 1e6)).counts.isfinite().all())
 
@@ -50,7 +58,7 @@ def test_zero_and_huge_inputs_are_ordinary_inputs(name):
 def test_adaptive_is_its_equation():
     x = torch.randn(4, 100, dtype=torch.float64)
     threshold = x.abs().mean(-1, keepdim=True) / 2.5
-    spikes = registry.load("neurons", "adaptive").Neuron(k=2.5)(x)
+    spikes = make_neuron("adaptive", 100, k=2.5)(x)
     assert torch.equal(spikes.counts, torch.round(x / threshold))
     assert torch.equal(spikes.scale, threshold)
 
@@ -59,7 +67,7 @@ def test_adaptive_passes_gradients_straight_through():
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     layer = SpikingLinear(16, 8).double()
     gradient = torch.randn(3, 8, dtype=torch.float64)
-    layer(make_neuron("adaptive")(x)).backward(gradient)
+    layer(make_neuron("adaptive", 16)(x)).backward(gradient)
     assert relative_rms(x.grad, gradient @ layer.weight) < 1e-12
 
 
@@ -114,7 +122,7 @@ def test_an_unsigned_code_for_a_signed_neuron_is_refused_with_the_choices():
 
 
 def spiking_model(mixers=("gla", "sliding_window"), **options):
-    return tiny_model(list(mixers), dtype=torch.float32, spiking={"neuron": "adaptive", **options})
+    return tiny_model(list(mixers), dtype=torch.float32, spiking={"neuron": "adaptive", "code": "bitwise", **options})
 
 
 def calls_of(model, kind):
@@ -130,16 +138,17 @@ def calls_of(model, kind):
     return calls
 
 
+@pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_spiking_linear_and_encoder_runs_once_a_forward_pass(layout):
-    model = spiking_model([layout])
+def test_every_spiking_linear_and_encoder_runs_once_a_forward_pass(layout, neuron):
+    model = spiking_model([layout], neuron=neuron)
     linears, encoders = calls_of(model, SpikingLinear), calls_of(model, SpikeEncoder)
     model(input_ids=torch.randint(0, VOCABULARY, (1, 9)))
-    projections = sum(len(b.projections) for layer in model.model.layers for b in (layer.mixer, layer.mlp))
-    assert len(linears) == projections
+    blocks = [block for layer in model.model.layers for block in (layer.mixer, layer.mlp)]
+    assert len(linears) == sum(len(block.projections) for block in blocks)
+    assert len(encoders) == sum(len({p.source for p in block.projections.values()}) for block in blocks)
     assert set(linears.values()) == {1}
     assert set(encoders.values()) == {1}
-    assert len(encoders) < len(linears)
 
 
 def test_excluded_projections_stay_dense():
@@ -186,7 +195,7 @@ def test_statistics_are_what_their_names_say():
 
 
 def test_gaussian_noise_at_k_3_is_silent_in_a_tenth_of_its_channels():
-    figures = gaussian_statistics(SpikeEncoder({"neuron": "adaptive", "params": {"k": 3.0}}), "bitwise")
+    figures = gaussian_statistics(SpikeEncoder({"neuron": "adaptive", "params": {"k": 3.0}}, 1024), "bitwise")
     assert figures["silent_channels"] == pytest.approx(0.106, abs=0.002)
     assert figures["mean_spikes"] == pytest.approx(3.0, abs=0.01)
 

@@ -44,27 +44,27 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def save_model(path: Path, tokenizer: PreTrainedTokenizerFast, **settings: object) -> Path:
     """A checkpoint; its weights are large enough for outputs that do not repeat themselves."""
     torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    defaults = {**sizes, "num_key_value_heads": 2, "window": 8, "mixers": ["gla", "sliding_window"]}
     config = SpikingBrainConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        window=8,
         max_position_embeddings=256,
         initializer_range=0.3,
         eos_token_id=tokenizer.eos_token_id,
-        **{"mixers": ["gla", "sliding_window"], **settings},
+        **{**defaults, **settings},
     )
     SpikingBrainForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
-def generate(model_dir: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+def generate(
+    model_dir: Path, prompts: list[list[int]], num_tokens: int, *, ignore_eos: bool = False
+) -> list[list[int]]:
     """What `generate` of transformers makes of each prompt alone, greedily."""
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    if ignore_eos:
+        model.generation_config.eos_token_id = None
     outputs = []
     for prompt in prompts:
         output = model.generate(torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)

@@ -85,10 +85,10 @@ def test_an_abort_frees_the_slot_at_once_and_leaves_the_others_alone(engine, pro
     for _ in range(8):
         engine.step()
     free = engine.pool.num_free
-    aborted = engine.abort("0")
+    (aborted,) = engine.abort("0")
     assert engine.pool.num_free == free + 1
     assert aborted.outputs[0].finish_reason == "abort"
-    assert engine.abort("0") is None
+    assert engine.abort("0") == []
     rest = drain(engine)
     assert "0" not in rest
     assert sum((output.outputs[0].token_ids for output in rest["3"]), []) == reference[3]
@@ -148,7 +148,7 @@ def test_the_beginning_of_a_stop_string_is_held_back_and_given_out_in_the_end(en
 def test_an_end_token_ends_the_output_unless_it_is_ignored_or_too_early(model_dir, reference):
     llm = LLM(model_dir)
     end = reference[0][4]
-    llm.engine._eos_token_ids = frozenset({end})
+    llm.engine.eos_token_ids = frozenset({end})
     stopped, ignored = (
         llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=24, ignore_eos=ignore))[0].outputs[0]
         for ignore in (False, True)
@@ -161,7 +161,7 @@ def test_an_end_token_ends_the_output_unless_it_is_ignored_or_too_early(model_di
 
 def test_the_end_of_a_turn_ends_an_output_of_a_chat_model(llm):
     ends = llm.get_tokenizer().convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert llm.engine._eos_token_ids == frozenset(ends)
+    assert llm.engine.eos_token_ids == frozenset(ends)
 
 
 def test_a_seed_decides_the_output_alone_or_in_company(llm):
@@ -190,25 +190,28 @@ def test_logprobs_are_those_of_the_model(llm, prompt_tokens, reference):
 
 
 def test_a_failing_request_fails_alone(engine, prompt_tokens, reference, monkeypatch):
-    prefill = engine._runner.prefill
+    compute = engine._runner._step
 
-    def failing(sequence, num_tokens):
-        if sequence.request_id == "bad":
+    def failing(tokens, positions, sequences):
+        # Half of the batch's states are updated before the failure: all of them have to be computed again.
+        if any(sequence.request_id == "bad" and sequence.output_token_ids for sequence in sequences):
+            next(iter(engine.pool.states([0])[0].values())).pool.fill_(7)
             raise RuntimeError("made to fail")
-        return prefill(sequence, num_tokens)
+        return compute(tokens, positions, sequences)
 
-    monkeypatch.setattr(engine._runner, "prefill", failing)
-    engine.add_request("good", prompt_tokens[0], GREEDY)
-    engine.add_request("bad", prompt_tokens[1], GREEDY)
+    monkeypatch.setattr(engine._runner, "_step", failing)
+    for name, prompt in (("good", 0), ("bad", 2), ("fine", 3)):
+        engine.add_request(name, prompt_tokens[prompt], GREEDY)
     outputs = drain(engine)
-    (failed,) = outputs["bad"]
-    assert (failed.outputs[0].finish_reason, failed.outputs[0].error) == ("error", "RuntimeError: made to fail")
-    assert sum((output.outputs[0].token_ids for output in outputs["good"]), []) == reference[0]
+    failed = outputs["bad"][-1].outputs[0]
+    assert (failed.finish_reason, failed.error) == ("error", "RuntimeError: made to fail")
+    for name, prompt in (("good", 0), ("fine", 3)):
+        assert sum((output.outputs[0].token_ids for output in outputs[name]), []) == reference[prompt]
 
 
 def test_llm_raises_when_a_request_fails_and_can_go_on(llm, engine, reference, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "decode", lambda rows: torch.full((len(rows), 8), torch.nan))
+        patch.setattr(engine._runner, "logits", lambda rows: torch.full((len(rows), 8), torch.nan))
         with pytest.raises(RequestFailed, match="nan"):
             llm.generate(PROMPTS, GREEDY)
     assert tokens_of(llm.generate(PROMPTS[0], GREEDY)) == reference[:1]

@@ -59,7 +59,13 @@ def test_logprobs_name_the_chosen_token_its_rank_and_the_likeliest():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2),
+        ("n", 0),
+        ("n", 129),
+        ("min_p", 1.5),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 0.0),
+        ("logit_bias", {1: 101.0}),
         ("max_tokens", 0),
         ("min_tokens", -1),
         ("min_tokens", 17),

@@ -4,13 +4,18 @@ import json
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from http.client import HTTPResponse
 
 import pytest
+
+from spikingbrain.errors import InputError
+from spikingbrain_serving.commands.serve import read_keys
 
 MAIN = "from spikingbrain.cli import main; raise SystemExit(main())"
 
@@ -27,7 +32,7 @@ def start(*arguments: object) -> subprocess.Popen:
 def wait_until_ready(process: subprocess.Popen) -> str:
     """The address in the line that says it is ready."""
     for line in process.stderr:
-        found = re.search(r"serving tiny on (http://127\.0\.0\.1:\d+)", line)
+        found = re.search(r"serving tiny on (https?://127\.0\.0\.1:\d+)", line)
         if found:
             return found.group(1)
     raise AssertionError(f"the server ended with {process.wait()} before it was ready")
@@ -111,3 +116,34 @@ def test_a_directory_without_a_model_is_one_line_and_exit_code_2(tmp_path):
     process = start(tmp_path, "--port", 0)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (2, f"error: {tmp_path}/config.json does not exist\n")
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("one\n\n  two  \n")
+    monkeypatch.setenv("SPIKINGBRAIN_API_KEY", "three")
+    assert read_keys(file) == ("three", "one", "two")
+    monkeypatch.delenv("SPIKINGBRAIN_API_KEY")
+    assert read_keys(None) == ()
+    file.write_text("\n")
+    for path, message in ((file, "holds no API key"), (tmp_path / "none", "cannot be read")):
+        with pytest.raises(InputError, match=message):
+            read_keys(path)
+
+
+def test_a_key_and_a_certificate_are_asked_for_and_spoken(serve, model_dir, tmp_path):
+    keys, certificate, key = (tmp_path / name for name in ("keys", "cert.pem", "key.pem"))
+    keys.write_text("mine\n")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    tls = ["--ssl-certfile", certificate, "--ssl-keyfile", key]
+    process, url = serve(model_dir, "--served-model-name", "tiny", "--api-key-file", keys, *tls)
+    assert url.startswith("https://")
+    context = ssl.create_default_context(cafile=certificate)
+    context.check_hostname = False
+    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": "Bearer mine"})
+    with urllib.request.urlopen(request, context=context, timeout=20) as answer:
+        assert json.load(answer)["data"][0]["id"] == "tiny"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{url}/v1/models", context=context, timeout=20)
+    assert process.poll() is None

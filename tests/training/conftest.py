@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from spikingbrain import SpikingBrainConfig, SpikingBrainForCausalLM
+from spikingbrain_training.build import build
 from spikingbrain_training.config import TrainConfig
-from spikingbrain_training.data import build
 
 LENGTHS = (3, 41, 7, 0, 50, 12, 1, 63, 90, 5, 31, 17, 40, 2, 60, 9, 0, 22, 14, 70, 4, 33, 26, 11)
 LENGTH = 29
@@ -61,7 +61,7 @@ def texts(tmp_path_factory) -> list[Path]:
 def data(tmp_path_factory, texts, tokenizer) -> Path:
     """The shard of `texts`."""
     path = tmp_path_factory.mktemp("data") / "shard"
-    build(texts, PreTrainedTokenizerFast.from_pretrained(tokenizer), path)
+    build(texts, tokenizer, path)
     return path
 
 

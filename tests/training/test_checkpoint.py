@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import signal
+import time
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikingbrain.files import read_json
 from spikingbrain_training import checkpoint
+from spikingbrain_training import train as training
 from spikingbrain_training.run import begin_run
 from spikingbrain_training.train import train
 
@@ -61,6 +64,62 @@ def test_a_killed_run_goes_on_bitwise(make_config, undisturbed, zero):
     assert_same_run(config.out, undisturbed(zero))
 
 
+def test_a_run_killed_inside_a_write_goes_on_from_the_checkpoint_before(make_config, undisturbed):
+    config = make_config(**OPTIONS)
+    begin_run(config)
+    assert run_ranks(2, train_until_killed_in_a_write, config) == [None, None]
+    left = sorted(path.name for path in (config.out / "checkpoints").iterdir())
+    assert left == [".step-4.partial", "step-2"]
+    assert "from step 2 to 6" in runs.train(2, config)
+    assert_same_run(config.out, undisturbed(1))
+    assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == ["step-4", "step-6"]
+
+
+def train_until_killed_in_a_write(config) -> None:
+    original = checkpoint.save_file
+
+    def save_file(tensors, file) -> None:
+        if ".step-4" not in str(file):
+            return original(tensors, file)
+        file.write_bytes(b"half")
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_file = save_file
+    train(config)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(make_config):
+    config = make_config(steps=6, checkpoint={"every": 5, "keep": 9})
+    begin_run(config)
+    # The write of step 5 waits for step 6 to begin, which would never come if the step waited for it.
+    assert run_ranks(2, train_with_a_slow_disk, config) == [6, 6]
+    assert checkpoint.available(config.out) == [6, 5]
+
+
+def train_with_a_slow_disk(config) -> int:
+    original, one_step, begun = checkpoint.save_file, training.train_step, []
+
+    def save_file(tensors, file) -> None:
+        while len(begun) < 6:
+            time.sleep(0.01)
+        original(tensors, file)
+
+    def train_step(*args):
+        begun.append(1)
+        return one_step(*args)
+
+    checkpoint.save_file, training.train_step = save_file, train_step
+    train(config)
+    return len(begun)
+
+
+def test_the_newest_and_the_milestones_are_kept(make_config):
+    config = make_config(steps=7, checkpoint={"every": 1, "keep": 2, "milestones": 3})
+    runs.train(2, config)
+    assert checkpoint.available(config.out) == [7, 6, 3]
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config, undisturbed):
     config = make_config(**OPTIONS)
     runs.train_until_killed(2, config, 1)
@@ -68,9 +127,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config, undi
     assert_same_run(config.out, undisturbed(1))
 
 
-@pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (1, 3), (2, 3)])
-def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(make_config, undisturbed, ranks, zero):
-    runs.train_until_killed(2, make_config(**OPTIONS), 3)
+@pytest.mark.parametrize(("before", "ranks", "zero"), [(1, 4, 2), (3, 1, 0), (1, 2, 3)])
+def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(make_config, undisturbed, before, ranks, zero):
+    runs.train_until_killed(2, make_config(**OPTIONS, parallel={"zero": before}), 3)
     other = make_config(**OPTIONS, parallel={"processes": ranks, "zero": zero})
     assert "from step 2 to 6" in runs.train(ranks, other)
     assert_same_run(other.out, undisturbed(1), exactly=False)
@@ -80,7 +139,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_writes_it_again(make
     config = make_config(**OPTIONS)
     runs.train_until_killed(2, config, 5)
     newest = config.out / "checkpoints" / "step-4"
-    flip_a_bit(newest / "state.safetensors")
+    flip_a_bit(newest / "rank-1.safetensors")
     said = runs.train(2, config)
     assert "from step 2 to 6" in said
     assert str(newest) in said
@@ -94,9 +153,9 @@ def flip_a_bit(file: Path) -> None:
 
 
 DAMAGES = {
-    "a flipped bit": lambda newest: flip_a_bit(newest / "state.safetensors"),
-    "a cut file": lambda newest: os.truncate(newest / "state.safetensors", 1000),
-    "no tensors": lambda newest: (newest / "state.safetensors").unlink(),
+    "a flipped bit": lambda newest: flip_a_bit(newest / "rank-1.safetensors"),
+    "a cut file": lambda newest: os.truncate(newest / "rank-1.safetensors", 1000),
+    "no tensors": lambda newest: (newest / "rank-1.safetensors").unlink(),
     "no index": lambda newest: (newest / "index.json").unlink(),
     "half an index": lambda newest: (newest / "index.json").write_text('{"step": 6, '),
     "an index without a checksum": lambda newest: (newest / "index.json").write_text('{"step": 6}'),

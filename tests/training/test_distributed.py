@@ -106,6 +106,60 @@ def test_our_model_packed_is_plain_torch_on_separate_documents(make_config, ours
     assert_is_plain_torch(config)
 
 
+def same_steps(config: TrainConfig, other: TrainConfig) -> None:
+    """The first loss to 1e-5 and all others to 1e-4, relative; so the first gradient norm."""
+    assert runs.losses(config.out)[0] == pytest.approx(runs.losses(other.out)[0], rel=1e-5)
+    assert runs.losses(config.out) == pytest.approx(runs.losses(other.out), rel=1e-4)
+    assert runs.rows(config.out)[0]["grad_norm"] == pytest.approx(runs.rows(other.out)[0]["grad_norm"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def plain_run(configure, ours, tmp_path_factory) -> TrainConfig:
+    """Twenty steps of our model on one rank without ZeRO, at a rate at which losses move."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    config = configure(out, model={"init_from": str(ours)}, batch={"micro": 4}, parallel={"zero": 0}, **LONGER)
+    runs.train(1, config)
+    return config
+
+
+LONGER = {"steps": 20, "checkpoint": {"every": 20}, "optim": {"lr": 1e-3, "gradient_clipping": 1.0}}
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"zero": 1, "offload_optimizer": True},
+        {"zero": 2, "activation_checkpointing": True},
+        {"zero": 3, "offload_optimizer": True, "activation_checkpointing": True},
+    ],
+)
+def test_offload_and_activation_checkpointing_change_nothing(make_config, plain_run, ours, parallel):
+    config = make_config(model={"init_from": str(ours)}, batch={"micro": 1}, parallel=parallel, **LONGER)
+    runs.train(2, config)
+    losses = runs.losses(config.out)
+    assert losses[-1] < losses[0] - 0.1
+    same_steps(config, plain_run)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_bf16_computes_in_bf16_and_keeps_parameters_in_fp32(make_config, plain_run, ours, zero):
+    config = make_config(model={"init_from": str(ours)}, precision="bf16", parallel={"zero": zero}, **LONGER)
+    runs.train(2, config)
+    theirs = runs.losses(plain_run.out)
+    assert runs.losses(config.out) != theirs
+    assert runs.losses(config.out) == pytest.approx(theirs, rel=1e-2)
+    # A change of the gate far below bf16's resolution of its value is kept.
+    gate = "model.layers.0.mixer.gate_proj.weight"
+    last = runs.checkpoint(config.out, 20)[f"master/{gate}"]
+    assert last.dtype == torch.float32
+    assert not torch.equal(last, last.bfloat16().float())
+
+
+def test_offload_without_zero_is_refused(make_config):
+    with pytest.raises(ValueError, match="offload_optimizer needs"):
+        make_config(parallel={"zero": 0, "offload_optimizer": True})
+
+
 def test_every_deepspeed_option_that_bites_is_written_out(make_config):
     written = deepspeed_config(make_config(batch={"micro": 1}), world_size=2)
     assert written["gradient_clipping"] == 0.0

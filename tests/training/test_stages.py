@@ -49,7 +49,6 @@ def test_distillation_is_kl_from_teacher_to_student_plus_weighted_cross_entropy(
     student, teacher = models
     kl, ce = by_hand(models, batch, temperature)
     assert kl > 1.0
-    # The loss is computed in fp32 whatever the model is.
     alone = stage_loss(student, teacher, batch, Loss(temperature=temperature))
     assert float(alone) == pytest.approx(kl, rel=1e-5)
     both = stage_loss(student, teacher, batch, Loss(temperature=temperature, ce_weight=0.3))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spikingbrain.errors import InputError
 from spikingbrain.files import read_json
 
+from .collectives import Group, make_group
 from .config import Optim, TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -19,15 +20,26 @@ TIMEOUT = timedelta(minutes=30)
 
 
 class World(NamedTuple):
-    """This process among all."""
+    """This process among all. `sequence`: the ranks that share its sequences, `expert`: its experts; None: it alone."""
 
     rank: int
     size: int
     device: torch.device
+    sequence: Group | None = None
+    expert: Group | None = None
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        """Which of how many shares of a batch is this process's; ranks of a sequence have the same."""
+        shared = self.sequence.size if self.sequence else 1
+        return self.rank // shared, self.size // shared
 
 
-def start(out: Path) -> World:
-    """Join the process group (gloo on CPU, nccl on GPU) of the launcher, or make one of this process alone."""
+def start(out: Path, sequence: int = 1, expert: int = 1) -> World:
+    """Join the process group (gloo on CPU, nccl on GPU) of the launcher, or make one of this process alone.
+
+    `sequence` neighbouring ranks have each sequence together, `expert` neighbouring ranks the experts.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if size == 1:
@@ -41,7 +53,9 @@ def start(out: Path) -> World:
     deepspeed = _import_deepspeed(out, gpu)
     deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=TIMEOUT, verbose=False)
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
-    return World(int(os.environ["RANK"]), size, device)
+    rank = int(os.environ["RANK"])
+    groups = (make_group(rank, size, width) if width > 1 else None for width in (sequence, expert))
+    return World(rank, size, device, *groups)
 
 
 def _free_port() -> int:
@@ -72,12 +86,14 @@ def _import_deepspeed(out: Path, gpu: bool) -> Any:
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's settings; those whose defaults surprise (clipping at 1, its own Adam) are written out."""
+    zero: dict[str, Any] = {"stage": config.parallel.zero, "overlap_comm": False}
+    if config.parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return {
-        "train_batch_size": config.batch.sequences,
         "train_micro_batch_size_per_gpu": config.batch.micro,
         "gradient_accumulation_steps": config.accumulation(world_size),
         "gradient_clipping": config.optim.gradient_clipping,
-        "zero_optimization": {"stage": config.parallel.zero, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -85,11 +101,16 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def make_engine(model: nn.Module, config: TrainConfig, world: World, step: int) -> Any:
-    """The DeepSpeed engine around `model`, with torch's own AdamW, as after `step` steps with moments of zero."""
+def make_engine(model: Any, config: TrainConfig, world: World, step: int, new: set[str]) -> Any:
+    """The DeepSpeed engine around `model`, with torch's own AdamW, as after `step` steps with moments of zero.
+
+    `new`: names of the parameters that learn at `optim.new_lr`.
+    """
     import deepspeed
 
-    groups = parameter_groups(model, config.optim, new_parameters(config.model.init_from))
+    if config.parallel.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    groups = parameter_groups(model, config.optim, new)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
     engine, *_ = deepspeed.initialize(
         model=model.to(world.device),
@@ -112,6 +133,7 @@ def parameter_groups(model: nn.Module, optim: Optim, new: set[str]) -> list[dict
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         rate = optim.new_lr if optim.new_lr and name in new else optim.lr
+        rate = optim.neuron_lr if optim.neuron_lr and ".neuron." in name else rate
         decay = optim.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [
@@ -139,6 +161,20 @@ def total(world: World, *values: float) -> list[float]:
     return sums.tolist()
 
 
+def largest(world: World, *values: int) -> list[int]:
+    """The largest of each of `values` over all processes."""
+    numbers = torch.tensor(values, device=world.device)
+    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def from_first_rank(world: World, work: Callable[[], Any]) -> Any:
+    """What `work()` gives on rank 0, on every process."""
+    result = [work() if world.rank == 0 else None]
+    torch.distributed.broadcast_object_list(result)
+    return result[0]
+
+
 def on_first_rank(world: World, work: Callable[[], None]) -> None:
     """Rank 0 does `work()`; all raise what it met, a full disk say, so that none waits for a process that is gone."""
     outcome: list[OSError | InputError | None] = [None]
@@ -152,34 +188,79 @@ def on_first_rank(world: World, work: Callable[[], None]) -> None:
         raise outcome[0]
 
 
-def parameters(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's parameters by name, tied ones once."""
-    yield from engine.module.named_parameters()
+def everywhere(world: World, value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks."""
+    values: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
-def gather_state(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The fp32 master and both moments of one parameter, whole; every process must call it."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if not engine.zero_optimization():
-        state = engine.optimizer.state[parameter]
-        return {"master": parameter.detach(), **{name: state[name] for name in MOMENTS}}
-    moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
-    return {"master": safe_get_full_fp32_param(parameter), **moments}
+def raise_anywhere(world: World, error: OSError | None) -> None:
+    """Raise on every process what any of them met."""
+    for met in everywhere(world, error):
+        if met is not None:
+            raise met
 
 
-def scatter_state(engine: Any, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-    """Write back what `gather_state` gave, each process its part."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What the model stores besides parameters (the experts' balance) by name; the same on every process."""
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
-    if not engine.zero_optimization():
-        parameter.data.copy_(state["master"])
-        for name in MOMENTS:
-            engine.optimizer.state[parameter][name].copy_(state[name])
-        return
-    safe_set_full_fp32_param(parameter, state["master"])
-    for name in MOMENTS:
-        safe_set_full_optimizer_state(parameter, state[name], name)
+
+def local_pieces(
+    engine: Any, world: World, *, everywhere: bool = False
+) -> Iterator[tuple[str, torch.Size, int, dict[str, Tensor]]]:
+    """Each parameter's name, its shape, and the run of flattened elements whose fp32 master and moments are here.
+
+    As `start` and, by part, views `[n]` (none: nothing is here). Without ZeRO every process has all: they share the
+    parameters among them, or, `everywhere`, each gives all.
+    """
+    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+        if hasattr(parameter, "ds_id"):
+            yield name, parameter.ds_shape, *_stage_3_piece(parameter, world)
+        elif engine.zero_optimization():
+            yield name, parameter.shape, *_stage_1_piece(parameter)
+        elif everywhere or number % world.size == world.rank:
+            state = engine.optimizer.state[parameter]
+            parts = {"master": parameter.detach().flatten(), **{part: state[part].flatten() for part in MOMENTS}}
+            yield name, parameter.shape, 0, parts
+        else:
+            yield name, parameter.shape, 0, {}
+
+
+def _stage_1_piece(parameter: Any) -> tuple[int, dict[str, Tensor]]:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, {}
+    parts = {part: mapping.get_hp_fragment(part).flatten() for part in MOMENTS}
+    return mapping.lp_fragment_address.start, {"master": mapping.get_hp_fragment().flatten(), **parts}
+
+
+def _stage_3_piece(parameter: Any, world: World) -> tuple[int, dict[str, Tensor]]:
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    share = parameter.ds_tensor.ds_numel
+    start = share * world.rank
+    # The last shares are padded.
+    count = max(0, min(share, parameter.ds_numel - start))
+    parts = {part: safe_get_local_optimizer_state(parameter, part)[:count] for part in MOMENTS}
+    return start, {"master": safe_get_local_fp32_param(parameter)[:count], **parts}
+
+
+def set_moment(engine: Any, name: str, part: str, values: Tensor) -> None:
+    """Write to this process's run of elements of a moment, as `local_pieces` gives it."""
+    from deepspeed.utils import safe_set_local_optimizer_state
+
+    parameter = engine.module.get_parameter(name)
+    values = values.to(parameter.device)
+    if hasattr(parameter, "ds_id"):
+        padding = parameter.ds_tensor.ds_numel - len(values)
+        safe_set_local_optimizer_state(parameter, torch.nn.functional.pad(values, (0, padding)), part)
+    elif engine.zero_optimization():
+        parameter._hp_mapping.get_hp_fragment(part).copy_(values)
+    else:
+        engine.optimizer.state[parameter][part].copy_(values.view_as(parameter))
 
 
 def _prepare_state(engine: Any, step: int) -> None:

@@ -4,6 +4,8 @@ import logging
 import signal
 import sys
 import uuid
+from collections.abc import Callable
+from typing import Any
 
 from spikingbrain.errors import InputError
 
@@ -11,12 +13,10 @@ from .config import TrainConfig
 
 
 def launch(config: TrainConfig) -> None:
-    """Start `parallel.processes` workers and wait.
+    """Start `parallel.processes` workers and wait; start them again, `faults.restarts` times, after one died.
 
     Raises `KeyboardInterrupt` after Ctrl-C and `InputError` with what a worker said of its input or how it ended.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -30,15 +30,28 @@ def launch(config: TrainConfig) -> None:
         max_restarts=0,
     )
     command = ["-m", "spikingbrain_training.worker", config.model_dump_json()]
+    for left in reversed(range(config.faults.restarts + 1)):
+        if _ended(lambda: elastic_launch(settings, sys.executable)(*command), left):
+            return
+
+
+def _ended(run: Callable[[], Any], restarts_left: int) -> bool:
+    """Whether the run is over; False: a process died and may be started again."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
-        elastic_launch(settings, sys.executable)(*command)
+        run()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode in (130, -signal.SIGINT):
             raise KeyboardInterrupt from None
         if failure.exitcode == 2:
             raise InputError(failure.message) from None
+        if restarts_left:
+            return False
         raise InputError(f"training stopped: process {rank} ended with exit code {failure.exitcode}") from None
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
+    return True

@@ -1,24 +1,30 @@
 """The training loop: build, loop, save. Every process runs this."""
 
-import hashlib
-import json
 import math
-import shutil
 import signal
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from spikingbrain.checkpoint import TOKENIZER_FILES
-from spikingbrain.files import new_directory, write_json
+from spikingbrain.experts import record_routing
 
-from . import checkpoint, distributed
+from . import balance, checkpoint, distributed
 from .config import Optim, TrainConfig
-from .data import TokenDataset, micro_batches
+from .data import Batch, Samples, micro_batches, open_data
+from .directory import MODEL
 from .distributed import World
+from .expert import dropped_tokens, share_experts
+from .export import export
+from .faults import NonFinite, expect_progress, skip, skipped
+from .flops import flops_per_token
 from .metrics import Metrics
-from .stages import make_student, make_teacher, stage_loss
+from .sequence import Piece, cut
+from .stages import make_student, make_teacher, start_of, step_loss
+from .watching import first_non_finite, watch
 
 
 class Interrupted(Exception):
@@ -31,57 +37,139 @@ class Interrupted(Exception):
 
 def train(config: TrainConfig) -> None:
     """Run or resume `config`; leaves the model in `out/model`. Raises `Interrupted` after a signal."""
-    if (config.out / "model").exists():
+    if (config.out / MODEL).exists():
         return
-    world = distributed.start(config.out)
+    world = distributed.start(config.out, config.parallel.sequence, config.parallel.expert)
     stop = StopSignal()
-    dataset = TokenDataset(config.data.path, config.data.sequence_length, config.seed)
-    student = make_student(config)
-    teacher = make_teacher(config.teacher)
-    first, _ = checkpoint.newest_good(config.out)
+    while True:
+        try:
+            _run(config, world, stop)
+        except NonFinite as fault:
+            distributed.on_first_rank(world, partial(skip, config.out, fault, config.faults.skips))
+        else:
+            break
+    distributed.on_first_rank(world, lambda: export(config.out, config.steps, config.out / MODEL))
+
+
+def _run(config: TrainConfig, world: World, stop: "StopSignal") -> None:
+    """From the newest whole checkpoint to the last step; raises `NonFinite` where a step came out as NaN."""
+    dataset = open_data(config.data, config.seed)
+    student, teacher = make_student(config), make_teacher(config.teacher)
+    (first,) = distributed.from_first_rank(world, lambda: checkpoint.newest_good(config.out)[:1])
     if first:
         checkpoint.load_weights(student, config.out, first)
-    engine = distributed.make_engine(student, config, world, first)
+    flops = flops_per_token(student, config.data.sequence_length)
+    new = distributed.new_parameters(start_of(config))
+    if world.expert:
+        share_experts(student, world.expert, config.parallel.expert_capacity)
+    engine = distributed.make_engine(student, config, world, first, new)
     if first:
-        checkpoint.load(engine, config.out, first)
-    metrics = Metrics(config.out, first, config.steps) if world.rank == 0 else None
+        checkpoint.load_moments(engine, world, config.out, first)
+    writer = checkpoint.Writer(config.out, world, config.checkpoint)
+    metrics = None
+    if world.rank == 0:
+        metrics = Metrics(config.out, first, config.steps, config.watch, flops, world.size)
+    left_out = distributed.from_first_rank(world, lambda: skipped(config.out))
     for step in range(first, config.steps):
-        row = train_step(engine, teacher, dataset, config, step, world)
-        if metrics:
-            metrics.write(step + 1, **row)
-        stopped = stop.agreed(world)
-        if stopped or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-            checkpoint.save(engine, world, config.out, step + 1, config.checkpoint.keep)
-        if stopped:
-            raise Interrupted(stopped)
+        expect_progress(config.faults.hang_seconds)
+        if step not in left_out:
+            row = train_step(engine, teacher, dataset, config, step, world, metrics)
+            if metrics:
+                metrics.write(step + 1, **row)
+        elif metrics:
+            metrics.skip(step + 1, left_out[step])
+        _after_step(writer, engine, config, step + 1, world, stop)
+    writer.finish()
+    expect_progress(0)
     if metrics:
         metrics.close()
-    export(engine, config, world)
+
+
+def _after_step(
+    writer: checkpoint.Writer, engine: Any, config: TrainConfig, done: int, world: World, stop: "StopSignal"
+) -> None:
+    """Put what is written in place, begin the next checkpoint where it is due, and end where a signal came."""
+    stopped, writing = distributed.largest(world, stop.number, writer.busy)
+    if writer.pending and not writing:
+        writer.finish()
+    if stopped or done % config.checkpoint.every == 0 or done == config.steps:
+        writer.begin(engine, done)
+    if stopped:
+        writer.finish()
+        expect_progress(0)
+        raise Interrupted(stopped)
 
 
 def train_step(
-    engine: Any, teacher: Any, dataset: TokenDataset, config: TrainConfig, step: int, world: World
+    engine: Any,
+    teacher: Any,
+    dataset: Samples,
+    config: TrainConfig,
+    step: int,
+    world: World,
+    metrics: Metrics | None = None,
 ) -> dict[str, float]:
-    """One step of the optimizer over the whole batch; returns its row of metrics."""
-    batches = micro_batches(dataset, step, config.batch.sequences, config.batch.micro, world.rank, world.size)
+    """One step of the optimizer over the whole batch; returns its row of metrics.
+
+    Raises `NonFinite` on every process where the loss or the gradient's norm is not finite on any.
+    """
+    batches = step_batches(dataset, config, step, world)
     (targets,) = distributed.total(world, sum(batch.num_targets for batch in batches))
     scale = learning_rate_scale(config.optim, step, config.steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
-    summed = 0.0
+    watched = metrics is not None and step % config.watch.histograms == 0
+    sums = balance.Sums.zero(engine.module)
     for batch in batches:
-        loss = stage_loss(engine, teacher, type(batch)(*(x.to(world.device) for x in batch)), config.loss)
+        batch = batch.to(world.device)
+        again = partial(forward, engine, teacher, batch, config, step)
+        context: Any = watch(engine.module) if watched else nullcontext({})
+        with context as seen, record_routing(engine.module) as record:
+            loss, pressure = again()
+        _require_finite(loss, engine, again, step, world)
+        unevenness = balance.loss(engine.module, record, len(batch.labels))
         # DeepSpeed divides by the number of micro batches and of processes; the loss is divided by tokens only.
-        engine.backward(loss * (len(batches) * world.size / targets))
+        engine.backward((loss + unevenness + pressure) * (len(batches) * world.size / targets))
         norm = distributed.take_step(engine)
-        summed += float(loss.detach())
-    (summed,) = distributed.total(world, summed)
+        sums = sums.add(loss, unevenness, record)
+    if norm is not None and not math.isfinite(norm):
+        raise NonFinite(step, "in a gradient")
+    sums = sums.over_processes(world)
+    (dropped,) = distributed.total(world, dropped_tokens(engine.module))
+    balance.shift_(engine.module, sums.loads)
+    if watched:
+        metrics.histograms(step + 1, seen)
     return {
-        "loss": summed / targets,
+        "loss": sums.loss / targets,
         "lr": config.optim.lr * scale,
         "grad_norm": norm,
         "tokens": targets,
+        **balance.metrics(sums, targets),
+        **({"dropped_tokens": int(dropped)} if world.expert else {}),
     }
+
+
+def forward(
+    engine: Any, teacher: Any, batch: Batch | Piece, config: TrainConfig, step: int
+) -> tuple[Tensor, Tensor | float]:
+    """The summed loss of a micro batch and the pressure towards silence, in the precision that the config asks for."""
+    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return step_loss(engine, teacher, batch, config, step)
+
+
+def _require_finite(loss: Tensor, engine: Any, again: Callable[[], Any], step: int, world: World) -> None:
+    (bad,) = distributed.largest(world, int(not math.isfinite(float(loss.detach()))))
+    if bad:
+        found = distributed.everywhere(world, first_non_finite(engine.module, again))
+        raise NonFinite(step, next((place for place in found if place), "in the loss"))
+
+
+def step_batches(dataset: Samples, config: TrainConfig, step: int, world: World) -> list[Batch] | list[Piece]:
+    """This process's micro batches of a step, or its pieces of them."""
+    whole = micro_batches(dataset, step, config.batch.sequences, config.batch.micro, *world.replica)
+    if world.sequence is None:
+        return whole
+    return [cut(batch, world.sequence, config.parallel.scan) for batch in whole]
 
 
 def learning_rate_scale(optim: Optim, step: int, steps: int) -> float:
@@ -95,55 +183,12 @@ def learning_rate_scale(optim: Optim, step: int, steps: int) -> float:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM end the run after the step in hand; all processes agree on which step that is."""
+    """SIGINT and SIGTERM end the run after the step in hand. `number`: the signal that came, or 0."""
 
     def __init__(self) -> None:
-        self._number = 0
+        self.number = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
-        self._number = self._number or number
-
-    def agreed(self, world: World) -> int:
-        """The signal that any process got, or 0."""
-        number = torch.tensor(self._number, device=world.device)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        return int(number)
-
-
-def export(engine: Any, config: TrainConfig, world: World) -> None:
-    """Write the trained model, its tokenizer and where it came from to `out/model`."""
-    tensors = {name: distributed.gather_state(engine, p)["master"].cpu() for name, p in distributed.parameters(engine)}
-
-    def write() -> None:
-        source = config.model.tokenizer or config.model.init_from
-        with new_directory(config.out / "model") as directory:
-            engine.module.save_pretrained(directory, state_dict=tensors)
-            for name in TOKENIZER_FILES:
-                if (source / name).exists() and not (directory / name).exists():
-                    shutil.copy(source / name, directory / name)
-            write_json(directory / "provenance.json", provenance(config))
-
-    distributed.on_first_rank(world, write)
-
-
-def provenance(config: TrainConfig) -> dict[str, Any]:
-    """Where a model came from: the run's config, the hash of its start, and what it saw."""
-    rows = [json.loads(row) for row in (config.out / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "config": config.model_dump(mode="json"),
-        "init_from_sha256": _hash(config.model.init_from),
-        "steps": config.steps,
-        "tokens": sum(row["tokens"] for row in rows),
-        "last_loss": rows[-1]["loss"],
-    }
-
-
-def _hash(source: Path) -> str:
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+        self.number = self.number or number

@@ -80,6 +80,7 @@ static void check_attention(int64_t tokens, int64_t heads, int64_t groups, int64
     Floats v = random_floats(tokens * groups * width), out(tokens * heads * width, NAN);
     const int64_t capacity = window + 3;
     Floats pool = random_floats(2 * capacity * 2 * groups * width);
+    Floats sinks = random_floats(70 * 2 * groups * width);
     const int64_t starts[] = {0, tokens / 3, tokens}, slots[] = {1, -1}, first[] = {5, capacity + 2};
     attention_file::Attention a{{q.data(), F32, heads * width},
                                 {k.data(), F32, groups * width},
@@ -93,6 +94,8 @@ static void check_attention(int64_t tokens, int64_t heads, int64_t groups, int64
                                 capacity,
                                 out.data(),
                                 0.1f,
+                                sinks.data(),
+                                70,
                                 heads,
                                 groups,
                                 width,

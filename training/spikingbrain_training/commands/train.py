@@ -9,9 +9,10 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG [a.b=c ...]."""
+    """CONFIG [a.b=c ...] [--dry-run]."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, as in configs/train")
     parser.add_argument("settings", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would take and stop")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -22,7 +23,13 @@ def run(args: argparse.Namespace) -> None:
     from ..train import Interrupted, train
 
     config = load_train_config(args.config, args.settings)
-    config.accumulation(int(os.environ.get("WORLD_SIZE", config.parallel.processes)))
+    processes = int(os.environ.get("WORLD_SIZE", config.parallel.processes))
+    config.accumulation(processes)
+    if args.dry_run:
+        from ..plan import describe, plan
+
+        sys.stdout.write(describe(plan(config, processes)) + "\n")
+        return
     if int(os.environ.get("RANK", "0")) == 0:
         sys.stdout.write(begin_run(config) + "\n")
         sys.stdout.flush()

@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .protocol import (
+from ..sampling import Logprob
+from ..sequence import CompletionOutput, RequestOutput, TokenLogprobs
+from .answers import (
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
@@ -17,11 +19,11 @@ from .protocol import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionResponse,
+    PromptTokensDetails,
     TopLogprob,
     Usage,
 )
-from .sampling import Logprob
-from .sequence import CompletionOutput, RequestOutput, TokenLogprobs
+from .tools import ToolParser
 
 
 class Ledger:
@@ -29,22 +31,26 @@ class Ledger:
 
     def __init__(self, prompts: list[list[int]]):
         self._num_prompt_tokens = sum(map(len, prompts))
-        self._num_output_tokens = 0
-        self._state_bytes = [0] * len(prompts)
+        self.num_output_tokens = 0
+        self._num_cached = [0] * len(prompts)
+        self._state_bytes: dict[tuple[int, int], int] = {}
 
     def record(self, index: int, output: RequestOutput) -> None:
         """Count what is new of a prompt's output."""
-        self._num_output_tokens += len(output.outputs[0].token_ids)
-        self._state_bytes[index] = output.state_bytes
+        completion = output.outputs[0]
+        self.num_output_tokens += len(completion.token_ids)
+        self._num_cached[index] = output.num_cached_tokens
+        self._state_bytes[index, completion.index] = output.state_bytes
 
     @property
     def usage(self) -> Usage:
         """So far."""
         return Usage(
             prompt_tokens=self._num_prompt_tokens,
-            completion_tokens=self._num_output_tokens,
-            total_tokens=self._num_prompt_tokens + self._num_output_tokens,
-            state_bytes=sum(self._state_bytes),
+            completion_tokens=self.num_output_tokens,
+            total_tokens=self._num_prompt_tokens + self.num_output_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._num_cached)),
+            state_bytes=sum(self._state_bytes.values()),
         )
 
 
@@ -59,6 +65,7 @@ class Format:
             "created": int(time.time()),
             "model": model,
         }
+        self.request_id = request_id
         self.return_token_ids = return_token_ids
 
     def _common(self, index: int, output: CompletionOutput) -> dict[str, Any]:
@@ -67,10 +74,11 @@ class Format:
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
             "token_ids": output.token_ids if self.return_token_ids else None,
+            "spikes": output.spikes,
         }
 
-    def response(self, outputs: list[RequestOutput], usage: Usage) -> BaseModel:
-        """The whole answer."""
+    def response(self, outputs: list[CompletionOutput], usage: Usage) -> BaseModel:
+        """The whole answer, one choice an output."""
         raise NotImplementedError
 
     def opening(self, index: int) -> BaseModel | None:
@@ -112,8 +120,8 @@ class CompletionFormat(Format):
             top_logprobs=[{e.decoded_token: e.logprob for e in entries.values()} for _, entries in _entries(output)],
         )
 
-    def response(self, outputs: list[RequestOutput], usage: Usage) -> CompletionResponse:
-        choices = [self._choice(index, output.outputs[0]) for index, output in enumerate(outputs)]
+    def response(self, outputs: list[CompletionOutput], usage: Usage) -> CompletionResponse:
+        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
         return CompletionResponse(choices=choices, usage=usage, **self._envelope)
 
     def opening(self, index: int) -> None:  # noqa: ARG002
@@ -127,27 +135,50 @@ class CompletionFormat(Format):
 
 
 class ChatFormat(Format):
-    """/v1/chat/completions; `num_top`: likeliest tokens to list where log-probabilities were asked for."""
+    """/v1/chat/completions; `num_top`: likeliest tokens to list where log-probabilities were asked for.
+
+    `tools`: whether the text may hold calls; `must_call`: it is one.
+    """
 
     prefix = "chatcmpl"
 
-    def __init__(self, request_id: str, model: str, *, return_token_ids: bool, num_top: int):
+    def __init__(
+        self, request_id: str, model: str, *, return_token_ids: bool, num_top: int, tools: bool, must_call: bool
+    ):
         super().__init__(request_id, model, return_token_ids=return_token_ids)
         self._num_top = num_top
+        self._must_call = must_call
+        self._tools = tools
+        self._parsers: dict[int, ToolParser] = {}
 
-    def response(self, outputs: list[RequestOutput], usage: Usage) -> ChatCompletionResponse:
-        choices = [self._choice(index, output.outputs[0]) for index, output in enumerate(outputs)]
+    def response(self, outputs: list[CompletionOutput], usage: Usage) -> ChatCompletionResponse:
+        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
         return ChatCompletionResponse(choices=choices, usage=usage, **self._envelope)
 
+    def _parse(self, index: int, output: CompletionOutput) -> dict[str, Any]:
+        """Text and calls of a piece, and why the choice ended."""
+        if not self._tools:
+            return {"content": output.text}
+        parser = self._parsers.setdefault(index, ToolParser(forced=self._must_call))
+        text, calls = parser.feed(output.text, last=output.finish_reason is not None)
+        return {"content": text, "tool_calls": calls or None}
+
+    def _common(self, index: int, output: CompletionOutput) -> dict[str, Any]:
+        common = super()._common(index, output)
+        if output.finish_reason == "stop" and index in self._parsers and self._parsers[index].num_calls:
+            common["finish_reason"] = "tool_calls"
+        return common
+
     def _choice(self, index: int, output: CompletionOutput) -> ChatChoice:
-        message = AssistantMessage(role="assistant", content=output.text)
+        message = AssistantMessage(role="assistant", **self._parse(index, output))
         return ChatChoice(message=message, logprobs=self._logprobs(output), **self._common(index, output))
 
     def opening(self, index: int) -> ChatCompletionChunk:
         return self._chunk(index, AssistantMessage(role="assistant", content=""), CompletionOutput(), None)
 
     def chunk(self, index: int, output: CompletionOutput, usage: Usage | None) -> ChatCompletionChunk:
-        return self._chunk(index, AssistantMessage(content=output.text or None), output, usage)
+        parsed = self._parse(index, output)
+        return self._chunk(index, AssistantMessage(**{**parsed, "content": parsed["content"] or None}), output, usage)
 
     def closing(self, usage: Usage) -> ChatCompletionChunk:
         return ChatCompletionChunk(choices=[], usage=usage, **self._envelope)

@@ -4,13 +4,16 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from spikingbrain.errors import InputError
 
-from .async_engine import AsyncEngine
+from ..async_llm import AsyncLLM
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +42,26 @@ def bind(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Says when it is ready; once asked to stop, lets requests run for so long and then aborts them."""
 
-    def __init__(self, app: FastAPI, engine: AsyncEngine, name: str, shutdown_timeout: float):
+    def __init__(
+        self,
+        app: FastAPI,
+        engine: AsyncLLM,
+        name: str,
+        shutdown_timeout: float,
+        certificate: tuple[Path, Path] | None = None,
+    ):
+        """`certificate`: files of the certificate and of its key, to speak TLS."""
         super().__init__(
             uvicorn.Config(
                 app,
                 log_config=None,
+                access_log=False,
+                server_header=False,
                 timeout_graceful_shutdown=int(shutdown_timeout) + 1 + SECONDS_TO_SAY_GOODBYE,
+                **_tls(certificate),
             )
         )
+        self._scheme = "https" if certificate else "http"
         self._engine = engine
         self._name = name
         self._shutdown_timeout = shutdown_timeout
@@ -56,10 +71,22 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for sock in sockets or []:
             host, port = sock.getsockname()[:2]
-            logger.info("serving %s on http://%s:%d", self._name, f"[{host}]" if ":" in host else host, port)
+            address = f"{self._scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+            logger.info("serving %s on %s", self._name, address)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's; requests that take longer end with the finish reason `abort`."""
         deadline = asyncio.get_running_loop().call_later(self._shutdown_timeout, self._engine.abort_all)
         await super().shutdown(sockets)
         deadline.cancel()
+
+
+def _tls(certificate: tuple[Path, Path] | None) -> dict[str, Any]:
+    """uvicorn's settings for TLS; raises `InputError` if the files are no certificate and key."""
+    if certificate is None:
+        return {}
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*certificate)
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(f"{certificate[0]} and {certificate[1]} are no certificate and key: {error}") from error
+    return {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1]}

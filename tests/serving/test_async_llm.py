@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
-from spikingbrain_serving import LLM, AsyncEngine, EngineStopped, InvalidRequest, RequestFailed, SamplingParams
+from spikingbrain_serving import LLM, AsyncLLM, EngineStopped, InvalidRequest, RequestFailed, SamplingParams
 
 from .conftest import PROMPTS
 
@@ -17,7 +17,7 @@ ENDLESS = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
 @pytest.fixture
 def engine(model_dir):
-    engine = AsyncEngine(LLM(model_dir, max_num_seqs=2).engine)
+    engine = AsyncLLM(LLM(model_dir, max_num_seqs=2).engine)
     engine.start()
     yield engine
     engine.stop()
@@ -106,7 +106,7 @@ def test_a_failing_request_raises_and_the_next_is_answered(engine, prompt_tokens
 
 
 def test_stopping_ends_running_streams_and_refuses_new_ones(model_dir, prompt_tokens):
-    engine = AsyncEngine(LLM(model_dir).engine)
+    engine = AsyncLLM(LLM(model_dir).engine)
     engine.start()
 
     async def stopped():
@@ -121,7 +121,7 @@ def test_stopping_ends_running_streams_and_refuses_new_ones(model_dir, prompt_to
 
 
 def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(model_dir, prompt_tokens, monkeypatch):
-    engine = AsyncEngine(LLM(model_dir).engine)
+    engine = AsyncLLM(LLM(model_dir).engine)
 
     def broken():
         raise MemoryError("made to break")

@@ -1,0 +1,1 @@
+"""The server: routes in the shape of OpenAI, limits, metrics and a page."""

@@ -1,0 +1,74 @@
+"""Runs real client libraries, installed in another environment, against our server: PYTHON is that environment's.
+
+python -m tests.serving.clients PYTHON
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .conftest import make_tokenizer, save_model
+from .harness import serving
+
+LITELLM = """
+import sys, litellm
+base = {"model": "openai/tiny", "api_base": sys.argv[1], "api_key": "none", "max_tokens": 8, "temperature": 0}
+messages = [{"role": "user", "content": "does it rain?"}]
+whole = litellm.completion(messages=messages, **base)
+chunks = list(litellm.completion(messages=messages, stream=True, stream_options={"include_usage": True}, **base))
+text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+assert text == whole.choices[0].message.content, (text, whole)
+assert whole.usage.completion_tokens == 8, whole.usage
+assert litellm.text_completion(prompt="a", **base).choices[0].text
+"""
+LANGCHAIN = """
+import sys
+from langchain_openai import ChatOpenAI, OpenAI
+base = {"model": "tiny", "base_url": sys.argv[1], "api_key": "none", "temperature": 0}
+chat = ChatOpenAI(max_tokens=8, stream_usage=True, **base)
+whole = chat.invoke("does it rain?")
+chunks = list(chat.stream("does it rain?"))
+assert "".join(chunk.content for chunk in chunks) == whole.content, (chunks, whole)
+total = chunks[0]
+for chunk in chunks[1:]:
+    total += chunk
+assert total.usage_metadata["output_tokens"] == whole.usage_metadata["output_tokens"] == 8, total.usage_metadata
+form = {"title": "weather", "type": "object", "properties": {"city": {"enum": ["Graz"]}}, "required": ["city"],
+        "additionalProperties": False}
+asked = ChatOpenAI(max_tokens=100, **base).with_structured_output(form, method="json_schema").invoke("where?")
+assert asked == {"city": "Graz"}, asked
+tool = {"type": "function", "function": {"name": "weather", "parameters": form}}
+call = ChatOpenAI(max_tokens=100, **base).bind_tools([tool], tool_choice="weather").invoke("where?").tool_calls
+assert call[0]["args"] == {"city": "Graz"}, call
+responses = ChatOpenAI(max_tokens=8, use_responses_api=True, **base).invoke("does it rain?")
+assert responses.usage_metadata["output_tokens"] == 8, responses
+assert OpenAI(max_tokens=8, **base).invoke("a")
+"""
+CURL = (
+    "curl",
+    "-sfN",
+    "-H",
+    "Content-Type: application/json",
+    "-d",
+    '{"prompt": "a", "max_tokens": 3, "stream": true}',
+)
+
+
+def main() -> None:
+    python = sys.argv[1]
+    with tempfile.TemporaryDirectory() as directory:
+        model = save_model(Path(directory) / "tiny", make_tokenizer())
+        with serving(model, max_model_len=5000) as server:
+            base = f"{server.url}/v1"
+            for name, script in (("litellm", LITELLM), ("langchain-openai", LANGCHAIN)):
+                subprocess.run([python, "-c", script, base], check=True, timeout=300)
+                sys.stdout.write(f"{name}: well\n")
+            answer = subprocess.run([*CURL, f"{base}/completions"], check=True, capture_output=True, text=True)
+            if not answer.stdout.endswith("data: [DONE]\n\n"):
+                raise AssertionError(answer.stdout)
+            sys.stdout.write("curl: well\n")
+
+
+if __name__ == "__main__":
+    main()
