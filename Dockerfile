@@ -1,7 +1,8 @@
 # The same install as `make setup` without the tools for tests; serves a model directory mounted at /model.
 FROM python:3.11-slim AS build
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+RUN apt-get update && apt-get install -y --no-install-recommends g++
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY constraints constraints
 COPY kernels kernels
 COPY spikingbrain spikingbrain

@@ -7,14 +7,15 @@ OLDER_TRANSFORMERS := 5.19.0
 # Tests of several processes and timings of the demo must not see a thread pool larger than the machine.
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test check test-transformers test-page test-clients soak soak-training soak-serving test-eval bench-spikes bench-spikes-all clean
+.PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench bench-spikes \
+  bench-spikes-all soak soak-training soak-serving clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
 
 setup: $(INSTALLED) ## make .venv with everything the demo and the tests need
 
-$(INSTALLED): pyproject.toml constraints/pins.txt
+$(INSTALLED): pyproject.toml setup.py constraints/pins.txt $(wildcard kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "needs Python 3.11 or newer; say which with make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +26,7 @@ $(INSTALLED): pyproject.toml constraints/pins.txt
 	  { echo "warning: no CPU-only build of torch $(TORCH) here, installing the general one"; \
 	    $(BIN)/pip install -q torch==$(TORCH); }; \
 	fi
+	@command -v $${CXX:-c++} > /dev/null || echo "warning: no C++ compiler here: the native backend will be missing"
 	$(BIN)/pip install -q -c constraints/pins.txt -e '.[dev]'
 	@touch $(INSTALLED)
 
@@ -46,6 +48,15 @@ test-transformers: ## smoke test on an older transformers, in an environment of 
 	.venv-transformers/bin/pip install -q -e . pytest transformers==$(OLDER_TRANSFORMERS)
 	.venv-transformers/bin/python -m pytest -q tests/kernels tests/model
 
+sanitize:        ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@mkdir -p build
+	for level in "baseline" "avx2 -mavx2 -mfma"; do \
+	  $(CXX) -std=c++17 -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
+	    -DLEVEL=$$level kernels/csrc/check/check.cpp -o build/sanitize && build/sanitize || exit 1; \
+	done
+
+bench: setup     ## figures of this machine and of peers on it
+	for suite in memory ops decode prefill; do $(BIN)/spikingbrain bench $$suite || exit 1; done
 soak: soak-training soak-serving ## everything that takes long
 
 soak-training: setup ## kill a run twenty times, inside checkpoint writes too, and compare it with one that was not

@@ -8,6 +8,7 @@ from .config import SpikingBrainConfig
 from .errors import InputError
 from .families import renamings
 from .model import SpikingBrainForCausalLM, SpikingBrainModel
+from .packing import prepare
 from .quantization import Int8Config
 from .spiking import record_spikes
 
@@ -17,6 +18,7 @@ __all__ = [
     "SpikingBrainConfig",
     "SpikingBrainForCausalLM",
     "SpikingBrainModel",
+    "prepare",
     "record_spikes",
 ]
 

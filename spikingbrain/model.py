@@ -15,6 +15,7 @@ from .config import SpikingBrainConfig
 from .errors import InputError
 from .lif import LIF
 from .mixers import Projection
+from .neurons import Spikes
 from .norm import make_norm
 from .spiking import SpikeEncoder, SpikingLinear
 from .state import LayerState, StateCache, StateSpec, owned, part
@@ -44,6 +45,7 @@ class MixerBlock(nn.Module):
     def _add_projections(self, config: SpikingBrainConfig) -> None:
         exclude = config.spiking["exclude"] if config.spiking else []
         self.encoders = nn.ModuleDict()
+        self.packed = nn.ModuleDict()
         for name, projection in self.projections.items():
             spiking = config.spiking is not None and name not in exclude
             linear = SpikingLinear if spiking else nn.Linear
@@ -78,22 +80,26 @@ class MixerBlock(nn.Module):
         Returns the results and the new states of the neurons.
         """
         results: dict[str, Tensor] = {}
-        spikes: dict[str, Any] = {}
         after: LayerState = {}
-        for name, projection in self.projections.items():
-            source = projection.source
-            if (source == "mixed") != mixed:
-                continue
-            x = inputs[source] if source in inputs else results[source]
-            linear = self.get_submodule(name)
-            if isinstance(linear, SpikingLinear):
-                if source not in spikes:
+        for source in dict.fromkeys(projection.source for projection in self.projections.values()):
+            if (source == "mixed") == mixed:
+                x = inputs[source] if source in inputs else results[source]
+                if source in self.encoders:
                     place = f"neurons.{source}"
-                    spikes[source] = self.encoders[source](x, part(state, place), **context)
-                    after.update(owned(place, spikes[source].state))
-                x = spikes[source]
-            results[name] = linear(x)
+                    spikes = self.encoders[source](x, part(state, place), **context)
+                    after.update(owned(place, spikes.state))
+                    results.update(self._read(source, x, spikes))
+                else:
+                    results.update(self._read(source, x, None))
         return results, after
+
+    def _read(self, source: str, x: Tensor, spikes: Spikes | None) -> dict[str, Tensor]:
+        """All projections that read `x`, or its spikes."""
+        if source in self.packed:
+            packed: Any = self.packed[source]
+            return packed.by_name(x if spikes is None else spikes)
+        linears = {name: self.get_submodule(name) for name, p in self.projections.items() if p.source == source}
+        return {name: linear(spikes if isinstance(linear, SpikingLinear) else x) for name, linear in linears.items()}
 
     def forward(
         self, hidden: Tensor, state: LayerState, *, positions: Tensor, **documents: Any

@@ -1,8 +1,12 @@
 """Rotary positions (arXiv 2104.09864) as transformers computes them, with its scalings (linear, yarn, llama3, ...)."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from spikingbrain_kernels import rotary
 
 from .config import SpikingBrainConfig
 
@@ -18,17 +22,15 @@ class Rotary:
         rope = self.config.rope_parameters
         if rope["rope_type"] != "default":
             return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, device)
-        half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device) / self.config.head_dim
-        return 1.0 / rope["rope_theta"] ** half, 1.0
+        return _default_frequencies(self.config.head_dim, rope["rope_theta"], device), 1.0
 
     def __call__(self, positions: Tensor, *inputs: Tensor) -> list[Tensor]:
         """Rotate each of `inputs [B, T, H, D]` to its `positions [B, T]`."""
         frequencies, factor = self._frequencies(positions.device)
-        angles = (positions[..., None].float() * frequencies)[:, :, None]
-        cos, sin = angles.cos() * factor, angles.sin() * factor
-        return [_rotate(x, cos.to(x.dtype), sin.to(x.dtype)) for x in inputs]
+        return [rotary(x, positions, frequencies, factor) for x in inputs]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+@lru_cache(maxsize=16)
+def _default_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    half = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return 1.0 / theta**half

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from spikingbrain_kernels.library import missing
+
 ROOT = Path(__file__).parent.parent
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv*", "build", "demo-*", "*.egg-info", "__pycache__", "tests", ".*_cache"
+    ".git", ".venv*", "build", "demo-*", "*.egg-info", "__pycache__", "tests", ".*_cache", "*.so"
 )
 # The package of this name that transformers looks for, in the range of versions it accepts: any name can be imported,
 # made into an object and used as a decorator that changes nothing.
@@ -49,6 +51,18 @@ def python(wheel, tmp_path):
     # A directory named in a .pth file is searched, its own .pth files (our editable install's) are not.
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
     return tmp_path / "env" / "bin" / "python", site
+
+
+def test_the_wheel_has_the_native_library_for_this_platform_and_any_python(wheel, python):
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    assert not wheel.name.endswith("-any.whl")
+    executable, site = python
+    assert (site / "spikingbrain_kernels" / "libnative.so").exists() == (missing() is None)
+    code = "from spikingbrain_kernels.library import FILE, levels\n"
+    code += "print(FILE, *(levels() if FILE.exists() else []))"
+    file, *levels = run(executable, "-c", code, cwd=site.parent).split()
+    assert Path(file).is_relative_to(site)
+    assert missing() is not None or "baseline" in levels
 
 
 def test_the_wheel_has_the_four_packages_and_all_their_files(wheel, tmp_path):

@@ -8,8 +8,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Op = Callable[..., Any]
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendError(ValueError):
@@ -18,18 +20,32 @@ class BackendError(ValueError):
 
 @dataclass(frozen=True)
 class Backend:
-    """A module of this package with one function per op, the device types it runs on and the packages it needs."""
+    """A module of this package with one function per op, the device types it runs on and the packages it needs.
+
+    `in_place`: it takes `Slots` for a state and updates them where they lie. `library`: the module of this package that
+    says whether a compiled library is there.
+    """
 
     name: str
     devices: tuple[str, ...]
     ops: tuple[str, ...]
     requires: tuple[str, ...] = ()
     extra: str = ""
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    has_gradients: bool = True
+    in_place: bool = False
+    library: str = ""
 
-    def missing(self, device: str) -> str | None:
-        """Why it cannot run on `device`, or None if it can."""
+    def missing(self, device: str, dtype: torch.dtype | None = None, needs_gradients: bool = False) -> str | None:
+        """Why it cannot run on `device` with inputs of `dtype`, or None if it can."""
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {device}"
+        if dtype is not None and dtype not in self.dtypes:
+            return f"computes in {' and '.join(str(known) for known in self.dtypes)}, not in {dtype}"
+        if needs_gradients and not self.has_gradients:
+            return "has no gradients: use torch.no_grad(), or another backend to train"
+        if self.library and (reason := import_module(f"spikingbrain_kernels.{self.library}").missing()):
+            return reason
         absent = [package for package in self.requires if find_spec(package) is None]
         if absent:
             return f"needs {', '.join(absent)}: pip install 'spikingbrain[{self.extra}]'"
@@ -40,12 +56,19 @@ class Backend:
         return getattr(import_module(f"spikingbrain_kernels.{self.name}"), op)
 
 
-OPS = ("gated_linear", "gated_delta", "wkv", "lif_scan", "short_conv", "window_attention")
+RECURRENT_OPS = ("gated_linear", "gated_delta", "wkv", "lif_scan", "short_conv", "window_attention")
+OTHER_OPS = ("linear", "spike_linear", "rms_norm", "encode_adaptive", "swiglu", "log_sigmoid", "rotary")
+OPS = (*RECURRENT_OPS, *OTHER_OPS)
+NATIVE_OPS = ("gated_linear", "window_attention", *OTHER_OPS)
 ANY_DEVICE = ("cpu", "cuda", "meta")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 # In order of preference.
 BACKENDS = (
-    Backend("chunked", ANY_DEVICE, OPS),
+    Backend(
+        "native", ("cpu",), NATIVE_OPS, dtypes=NATIVE_DTYPES, has_gradients=False, in_place=True, library="library"
+    ),
+    Backend("chunked", ANY_DEVICE, RECURRENT_OPS),
     Backend("reference", ANY_DEVICE, OPS),
 )
 
@@ -58,19 +81,56 @@ def backends(op: str) -> tuple[Backend, ...]:
 
 
 @cache
-def resolve(op: str, name: str | None, device: str) -> Op:
-    """The function for `op` on a device type: the named backend, or the first that can run."""
+def choose(op: str, name: str | None, device: str, dtype: torch.dtype | None, needs_gradients: bool) -> Backend:
+    """The named backend of `op`, or the first that can run on such inputs; raises `BackendError` saying why not."""
     candidates = backends(op)
     names = ", ".join(backend.name for backend in candidates)
     if name is not None:
         candidates = tuple(backend for backend in candidates if backend.name == name)
         if not candidates:
             raise BackendError(f"{op} has no backend {name!r}; choose from {names}")
-    reasons = {backend.name: backend.missing(device) for backend in candidates}
+    reasons = {backend.name: backend.missing(device, dtype, needs_gradients) for backend in candidates}
     for backend in candidates:
         if reasons[backend.name] is None:
-            return backend.load(op)
+            return backend
     raise BackendError(f"{op}: " + "; ".join(f"{backend} {reason}" for backend, reason in reasons.items()))
+
+
+# The functions loaded so far, by op and backend: a cache that torch.compile can read.
+_FUNCTIONS: dict[str, dict[str, Op]] = {op: {} for op in OPS}
+
+
+@cache
+def _load(*wanted: Any) -> Backend:
+    chosen, op = choose(*wanted), wanted[0]
+    _FUNCTIONS[op][chosen.name] = chosen.load(op)
+    return chosen
+
+
+# torch.compile looks through a cache, but not into a function whose result it may take as constant.
+@torch.compiler.assume_constant_result
+def _name(*wanted: Any) -> str:
+    return _load(*wanted).name
+
+
+@torch.compiler.assume_constant_result
+def _in_place(*wanted: Any) -> bool:
+    return _load(*wanted).in_place
+
+
+def _wanted(op: str, name: str | None, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return op, name, inputs[0].device.type, inputs[0].dtype, needs_gradients
+
+
+def resolve(op: str, name: str | None, *inputs: Tensor) -> Op:
+    """The function for `op` on these inputs: the named backend's, or that of the first that can run."""
+    return _FUNCTIONS[op][_name(*_wanted(op, name, inputs))]
+
+
+def works_in_place(op: str, name: str | None, *inputs: Tensor) -> bool:
+    """Whether the backend that `resolve` chooses updates states where they lie in a pool."""
+    return _in_place(*_wanted(op, name, inputs))
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

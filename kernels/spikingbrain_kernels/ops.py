@@ -14,7 +14,8 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from .backends import resolve, state_dtype
+from .backends import resolve, state_dtype, works_in_place
+from .packed import Packed
 from .slots import Carrier, Slots
 
 P = ParamSpec("P")
@@ -23,8 +24,8 @@ P = ParamSpec("P")
 def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
     """Let `state` be `Slots`: read the rows, run the op, write the rows back, return the same slots as new state.
 
-    A state that is a `Carrier` runs the op itself. Under autocast an op computes in the types it is given: decays and
-    states are fp32 for a reason.
+    A backend that works in place gets the slots themselves. A state that is a `Carrier` runs the op itself. Under
+    autocast an op computes in the types it is given: decays and states are fp32 for a reason.
     """
 
     @wraps(op)
@@ -32,7 +33,7 @@ def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
         slots = kwargs.get("state")
         if isinstance(slots, Carrier):
             return slots.carry(op, *args, **{**kwargs, "state": None})
-        if not isinstance(slots, Slots):
+        if not isinstance(slots, Slots) or _works_in_place(op.__name__, kwargs.get("backend"), slots, *args):
             return op(*args, **kwargs)
         kwargs["state"] = slots.read()
         out, rows = op(*args, **kwargs)
@@ -48,6 +49,15 @@ def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
             return run(*args, **kwargs)
 
     return call
+
+
+def _works_in_place(op: str, backend: Any, slots: Slots, *inputs: Any) -> bool:
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    return slots.pool.is_contiguous() and works_in_place(op, backend, *tensors)
+
+
+def _tensors(state: Tensor | Slots | None) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else []
 
 
 @in_pool
@@ -73,9 +83,9 @@ def gated_linear(
         raise ValueError(f"log_decay {tuple(log_decay.shape)} fits neither {tuple(k.shape)} nor one value a head")
     if state is None:
         state = _first_state(q, cu_seqlens, k.shape[2], k.shape[3], v.shape[3])
-    run = resolve("gated_linear", backend, q.device.type)
+    run = resolve("gated_linear", backend, q, k, v, log_decay, *_tensors(state))
     out, state = run(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens, mask=mask)
-    return out.view(*q.shape[:3], -1).to(v.dtype), state
+    return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), state
 
 
 @in_pool
@@ -104,9 +114,9 @@ def gated_delta(
         )
     if state is None:
         state = _first_state(q, cu_seqlens, k.shape[2], k.shape[3], v.shape[3])
-    run = resolve("gated_delta", backend, q.device.type)
+    run = resolve("gated_delta", backend, q, k, v, beta, log_decay, *_tensors(state))
     out, state = run(q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens, mask=mask)
-    return out.view(*q.shape[:3], -1).to(v.dtype), state
+    return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), state
 
 
 @in_pool
@@ -134,7 +144,7 @@ def wkv(
         )
     if state is None:
         state = _first_state(k, cu_seqlens, 3, k.shape[2])
-    run = resolve("wkv", backend, k.device.type)
+    run = resolve("wkv", backend, k, v, time_decay, time_first, *_tensors(state))
     out, state = run(k, v, time_decay, time_first, state=state, cu_seqlens=cu_seqlens, mask=mask)
     return out.view(v.shape).to(v.dtype), state
 
@@ -163,7 +173,7 @@ def lif_scan(
         raise ValueError(f"x must be [B, T, C] and tau at least 1; got {tuple(x.shape)} and {tau}")
     if state is None:
         state = _first_state(x, cu_seqlens, x.shape[2])
-    run = resolve("lif_scan", backend, x.device.type)
+    run = resolve("lif_scan", backend, x, *_tensors(state))
     neuron = {"tau": tau, "v_th": v_th, "v_reset": v_reset, "decay_input": decay_input}
     spikes, membrane = run(x, **neuron, state=state, cu_seqlens=cu_seqlens, mask=mask)
     return spikes.view(x.shape).to(x.dtype), membrane
@@ -188,7 +198,7 @@ def short_conv(
         raise ValueError(f"shapes do not fit: x {tuple(x.shape)}, weight {tuple(weight.shape)}")
     if state is None:
         state = _first_state(x, cu_seqlens, weight.shape[1] - 1, x.shape[2]).to(x.dtype)
-    run = resolve("short_conv", backend, x.device.type)
+    run = resolve("short_conv", backend, x, weight, *_tensors(state))
     out, state = run(x, weight, state=state, cu_seqlens=cu_seqlens, mask=mask)
     return out.view(x.shape).to(x.dtype), state
 
@@ -220,7 +230,7 @@ def window_attention(
         raise ValueError(f"window must be at least 1, got {window}")
     if sinks is not None and sinks.shape[1:] != (2, *k.shape[2:]):
         raise ValueError(f"sinks {tuple(sinks.shape)} must be [S, 2, {k.shape[2]}, {k.shape[3]}]")
-    run = resolve("window_attention", backend, q.device.type)
+    run = resolve("window_attention", backend, q, k, v, *_tensors(state), *_tensors(sinks))
     out, state = run(
         q.to(v.dtype),
         k.to(v.dtype),
@@ -233,7 +243,7 @@ def window_attention(
         cu_seqlens=cu_seqlens,
         mask=mask,
     )
-    return out.view(*q.shape[:3], -1).to(v.dtype), state
+    return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), state
 
 
 def gated_linear_step_(
@@ -276,6 +286,67 @@ def _first_state(x: Tensor, cu_seqlens: Tensor | None, *shape: int) -> Tensor:
     """Zeros `[B or D, *shape]` in the type of recurrent states."""
     rows = len(cu_seqlens) - 1 if cu_seqlens is not None else x.shape[0]
     return x.new_zeros(rows, *shape, dtype=state_dtype(x.dtype))
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """x W^T + b for packed weights: x `[..., in]` -> `[..., out]` in x's type, sums in fp32, `bias [out]` in fp32.
+
+    A row's result does not depend on the rows beside it. For inference: raises `BackendError` where x needs a gradient.
+    """
+    _check_features(x, packed)
+    return resolve("linear", backend, x)(x, packed, bias)
+
+
+def spike_linear(
+    counts: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """scale * (counts W^T) + b for whole numbers `counts [..., in]` and `scale [..., 1]`, in the type of `counts`.
+
+    int8 weights: exact integer sums over groups of 128 inputs, scaled and added in order. Only the weights of channels
+    that fired are read, where that is faster; the result is the same. Counts that are no whole numbers of 16 bits are
+    multiplied as floats.
+    """
+    _check_features(counts, packed)
+    if not (counts.is_floating_point() or counts.dtype == torch.int16):
+        raise ValueError(f"counts are floats or int16, not {counts.dtype}")
+    scale = scale.float().contiguous()
+    first = (counts, scale) if counts.is_floating_point() else (scale, counts)
+    return resolve("spike_linear", backend, *first)(counts, scale, packed, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, backend: str | None = None) -> Tensor:
+    """x / sqrt(mean x^2 + epsilon) * weight over the last dimension: x `[..., N]`, `weight [N]` in fp32."""
+    return resolve("rms_norm", backend, x)(x, weight, epsilon)
+
+
+def encode_adaptive(
+    x: Tensor, *, k: float, low: float, high: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Spike counts round(x / s) in x's type and s = clamp(mean|x| / k, low, high) `[..., 1]` (arXiv 2509.05276, 19)."""
+    return resolve("encode_adaptive", backend, x)(x, k, low, high)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202)."""
+    return resolve("swiglu", backend, gate, up)(gate, up)
+
+
+def log_sigmoid(x: Tensor, divisor: float, *, backend: str | None = None) -> Tensor:
+    """log(sigmoid(x)) / divisor in fp32 (fp64 for fp64 inputs): the logarithm of a decay (GLA, arXiv 2312.06635)."""
+    return resolve("log_sigmoid", backend, x)(x, divisor)
+
+
+def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float, *, backend: str | None = None) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): x `[B, T, H, K]`, pairs (i, i + K / 2) turned by position * frequency.
+
+    `positions [B, T]`, `frequencies [K / 2]` in fp32; the result is multiplied by `factor`.
+    """
+    return resolve("rotary", backend, x)(x, positions.expand(x.shape[:2]), frequencies, factor)
+
+
+def _check_features(x: Tensor, packed: Packed) -> None:
+    if x.shape[-1] != packed.in_features:
+        raise ValueError(f"{x.shape[-1]} inputs do not fit weights of {packed.in_features}")
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

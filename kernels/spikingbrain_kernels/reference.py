@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backends import state_dtype
 from .layout import Documents, documents
+from .packed import GROUP, Packed
 
 
 def _recur(
@@ -198,3 +199,58 @@ def window_attention(
                 memory = memory.index_put((torch.tensor(p % capacity),), ring[p].to(memory.dtype))
             rings.append(memory)
     return out, None if state is None else torch.stack(rings)
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x W^T + b, groups of int8 weights scaled one by one."""
+    wide = x.to(state_dtype(x.dtype))
+    out = _product(wide, packed, wide.dtype)
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def spike_linear(counts: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """scale * (counts W^T) + b; the sums within a group are exact."""
+    out = _product(counts.double(), packed, torch.float32) * scale
+    return (out if bias is None else out + bias).to(counts.dtype if counts.is_floating_point() else torch.float32)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean x^2 + epsilon) * weight."""
+    wide = x.to(state_dtype(x.dtype))
+    return (wide * (wide.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt() * weight).to(x.dtype)
+
+
+def encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """round(x / s), s = clamp(mean|x| / k, low, high)."""
+    wide = x.to(state_dtype(x.dtype))
+    scale = (wide.abs().mean(-1, keepdim=True) / k).clamp(low, high)
+    return (wide / scale).round().to(x.dtype), scale
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def log_sigmoid(x: Tensor, divisor: float) -> Tensor:
+    """log(sigmoid(x)) / divisor."""
+    return torch.nn.functional.logsigmoid(x.to(state_dtype(x.dtype))) / divisor
+
+
+def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    """Turn the pairs (i, i + K / 2) of each head."""
+    angles = (positions[..., None].float() * frequencies)[:, :, None]
+    cos, sin = ((part * factor).to(x.dtype) for part in (angles.cos(), angles.sin()))
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _product(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
+    weight, scale = (None if part is None else part.to(x.device) for part in packed.dense())
+    if scale is None:
+        return (x @ weight.to(x.dtype).T).to(dtype)
+    total = torch.zeros(*x.shape[:-1], packed.out_features, dtype=dtype, device=x.device)
+    for group, codes in enumerate(weight.split(GROUP, dim=1)):
+        here = x[..., group * GROUP : (group + 1) * GROUP]
+        total = total + scale[:, group].to(dtype) * (here @ codes.to(x.dtype).T).to(dtype)
+    return total

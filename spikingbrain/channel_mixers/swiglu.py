@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from spikingbrain_kernels import swiglu
+
 from ..config import SpikingBrainConfig
 from ..mixers import Projection
 from ..state import LayerState, StateSpec
@@ -16,6 +18,7 @@ class Mixer(nn.Module):
 
     def __init__(self, config: SpikingBrainConfig):
         super().__init__()
+        self.is_silu = config.hidden_act == "silu"
         self.activation = ACT2FN[config.hidden_act]
 
     @staticmethod
@@ -42,4 +45,5 @@ class Mixer(nn.Module):
         mask: Tensor | None,  # noqa: ARG002
     ) -> tuple[Tensor, LayerState]:
         """`p` of gate and up -> `[B, T, inner]`."""
-        return self.activation(p["gate_proj"]) * p["up_proj"], state
+        gate, up = p["gate_proj"], p["up_proj"]
+        return swiglu(gate, up) if self.is_silu else self.activation(gate) * up, state

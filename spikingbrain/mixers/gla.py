@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
-from spikingbrain_kernels import gated_linear, state_dtype
+from spikingbrain_kernels import gated_linear, log_sigmoid, state_dtype
 
 from ..config import SpikingBrainConfig
 from ..errors import InputError
@@ -82,7 +81,7 @@ class Mixer(nn.Module):
             self.feature_map(q),
             self.feature_map(k),
             v,
-            logsigmoid(gate.to(state_dtype(gate.dtype))) / self.config.gate["normalizer"],
+            log_sigmoid(gate, self.config.gate["normalizer"]),
             scale=self.config.head_dim**-0.5,
             state=state.get("recurrent"),
             cu_seqlens=cu_seqlens,

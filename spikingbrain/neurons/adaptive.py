@@ -1,6 +1,9 @@
 """Adaptive threshold (SpikingBrain, arXiv 2509.05276, eq. 19-21): V_th = mean|x| / k, counts = round(x / V_th)."""
 
+import torch
 from torch import Tensor
+
+from spikingbrain_kernels import encode_adaptive
 
 from ..errors import InputError
 from . import Spikes, SpikingNeuron, straight_through, widen
@@ -24,6 +27,8 @@ class Neuron(SpikingNeuron):
 
     def fire(self, x: Tensor) -> Spikes:
         """`x [..., C]` -> counts `[..., C]`, scale `[..., 1]`."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return Spikes(*encode_adaptive(x, k=self.k, low=MIN_THRESHOLD, high=MAX_THRESHOLD))
         wide = widen(x)
         scale = mean_magnitude(wide, self.k)
         level = wide / scale

@@ -1,0 +1,256 @@
+// Softmax attention over a window, keys and values in a ring: the token at position p lies in place p mod capacity.
+//
+// Keys are taken in blocks of 64 positions counted from position 0, in order, with a running maximum and sum (online
+// softmax, arXiv 1805.02867; tiles as in FlashAttention, arXiv 2205.14135). The blocks of a query do not depend on where
+// its chunk began, nor on threads, so prefill in any chunks and decoding give the same bits.
+#include "tile.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 64;       // keys
+constexpr int64_t TILE_ROWS = 96;   // queries times heads of a group
+constexpr int64_t ALONE = 1 << 14;  // elements of keys for which it is not worth waking other threads
+constexpr float NOTHING = -1e30f;   // the running maximum before the first key
+
+struct Tensor {
+    const void* data;
+    int64_t type, stride;  // elements from token to token
+};
+
+struct Attention {
+    Tensor q, k, v;
+    const int64_t *tokens, *starts, *first, *slots;  // first: position of each document's first new token
+    void* pool;                                      // [slots, capacity, 2, groups, width], or null: no ring
+    int64_t pool_type, capacity;
+    void* out;
+    float scale;
+    const float* sinks;  // [num_sinks, 2, groups, width]: keys and values that every query sees first, or null
+    int64_t num_sinks, heads, groups, width, window;
+};
+
+int64_t padded(int64_t n) { return (n + 2 * W - 1) / (2 * W) * 2 * W; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The oldest position a query at `position` sees.
+int64_t oldest(const Attention& a, int64_t position) {
+    return position >= a.window ? position - a.window + 1 : 0;
+}
+
+struct Document {
+    const Attention& a;
+    int64_t number, slot, begin, length, first;
+
+    Document(const Attention& attention, int64_t index)
+        : a(attention), number(index), slot(a.slots ? a.slots[index] : index), begin(a.starts[index]),
+          length(a.starts[index + 1] - begin), first(a.first[index]) {}
+
+    int64_t token(int64_t position) const {
+        const int64_t n = begin + position - first;
+        return a.tokens ? a.tokens[n] : n;
+    }
+    // The oldest position that can be read.
+    int64_t start() const { return a.pool ? larger(0, first - a.capacity) : first; }
+    void* ring(int64_t position, int64_t part, int64_t group) const {
+        const int64_t place = slot * a.capacity + position % a.capacity;
+        return at(a.pool, a.pool_type, ((place * 2 + part) * a.groups + group) * a.width);
+    }
+    // The key (part 0) or value (part 1) of a position in fp32.
+    void read(int64_t position, int64_t part, int64_t group, float* row) const {
+        const Tensor& x = part ? a.v : a.k;
+        if (position >= first)
+            widen_row(at(x.data, x.type, token(position) * x.stride + group * a.width), x.type, a.width, row);
+        else if (slot >= 0)
+            widen_row(ring(position, part, group), a.pool_type, a.width, row);
+        else  // padding remembers zeros
+            memset(row, 0, a.width * sizeof(float));
+    }
+};
+
+// Keys `[width][64]` and values `[64][width]` of a block's places `low..high` as tiles, read by `read(place, part, row)`;
+// other places are zeros.
+template <class Read>
+void read_block(const Attention& a, int64_t low, int64_t high, float* keys, float* values, float* row, Read read) {
+    const int64_t width = a.width, wide = padded(width);
+    memset(keys, 0, width * BLOCK * sizeof(float));
+    memset(values, 0, wide * BLOCK * sizeof(float));
+    for (int64_t j = low; j < high; j++) {
+        read(j, 0, row);
+        float* column = keys + j / (2 * W) * width * 2 * W + j % (2 * W);
+        for (int64_t i = 0; i < width; i++) column[i * 2 * W] = row[i];
+        memset(row, 0, wide * sizeof(float));
+        read(j, 1, row);
+        for (int64_t i = 0; i < wide; i += W)
+            store(values + (i / (2 * W) * BLOCK + j) * 2 * W + i % (2 * W), load(row + i));
+    }
+}
+
+// The places of a block that a query sees: `from .. to`.
+struct Span {
+    int64_t from, to;
+    bool whole() const { return from == 0 && to == BLOCK; }
+};
+
+// Scores of one row become weights relative to the new maximum; gives what the old sums must be multiplied by.
+float soften(float* scores, const Span& seen, float* maximum, float* total) {
+    float top = *maximum;
+    for (int64_t j = seen.from; j < seen.to; j++) top = scores[j] > top || scores[j] != scores[j] ? scores[j] : top;
+    vf sums = {};
+    const vi lane = load_int((const int32_t[]){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
+    for (int64_t j = 0; j < BLOCK; j += W) {
+        vi place = lane + (int32_t)j;
+        vi visible = (place >= splat_int((int32_t)seen.from)) & (place < splat_int((int32_t)seen.to));
+        vf weight = exponential(load(scores + j) - splat(top));
+        weight = visible ? weight : vf{};
+        store(scores + j, weight);
+        sums += weight;
+    }
+    const float keep = exponential(splat(*maximum - top))[0];
+    *total = *total * keep + sum(sums);
+    *maximum = top;
+    return keep;
+}
+
+struct Scratch {
+    Buffer<float> queries, scores, sums, keys, values, row, maximum, total;
+    explicit Scratch(const Attention& a, int64_t rows)
+        : queries(rows * a.width + W), scores(rows * BLOCK), sums(rows * padded(a.width)), keys(a.width * BLOCK),
+          values(padded(a.width) * BLOCK), row(padded(a.width) + W), maximum(rows), total(rows) {}
+};
+
+void begin_queries(const Document& d, int64_t group, int64_t from, int64_t to, Scratch& s) {
+    const Attention& a = d.a;
+    const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group;
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t element = d.token(from + row / per_group) * a.q.stride +
+                                (group * per_group + row % per_group) * a.width;
+        widen_row(at(a.q.data, a.q.type, element), a.q.type, a.width, s.row.data);
+        for (int64_t i = 0; i < a.width; i++) s.queries.data[row * a.width + i] = s.row.data[i] * a.scale;
+        s.maximum.data[row] = NOTHING;
+        s.total.data[row] = 0;
+    }
+    memset(s.sums.data, 0, rows * padded(a.width) * sizeof(float));
+}
+
+void end_queries(const Document& d, int64_t group, int64_t from, int64_t to, const Scratch& s) {
+    const Attention& a = d.a;
+    const int64_t per_group = a.heads / a.groups;
+    for (int64_t row = 0; row < (to - from) * per_group; row++) {
+        const int64_t head = group * per_group + row % per_group;
+        void* out = at(a.out, a.q.type, (d.token(from + row / per_group) * a.heads + head) * a.width);
+        const float* sums = s.sums.data + row * padded(a.width);
+        for (int64_t i = 0; i < a.width; i++) {
+            const float x = sums[i] / s.total.data[row];
+            if (a.q.type == F32)
+                ((float*)out)[i] = x;
+            else
+                ((bf16*)out)[i] = narrow(x);
+        }
+    }
+}
+
+// sums += weights * values. What a query does not see is not multiplied, as zero times infinity is not zero.
+template <class Seen>
+void add_values(const Attention& a, int64_t from, int64_t to, Scratch& s, Seen seen) {
+    const int64_t per_group = a.heads / a.groups, wide = padded(a.width);
+    const int64_t step = seen(from).whole() && seen(to - 1).whole() ? to - from : 1;
+    for (int64_t position = from; position < to; position += step) {
+        const Span span = seen(position);
+        const int64_t row = (position - from) * per_group;
+        for (int64_t i = 0; i < wide && span.from < span.to; i += 2 * W)
+            tiles_float(step * per_group, s.values.data + i * BLOCK + span.from * 2 * W,
+                        s.scores.data + row * BLOCK + span.from, BLOCK, span.to - span.from,
+                        s.sums.data + row * wide + i, wide);
+    }
+}
+
+// Let the queries at `from .. to` attend to the block in `s`, of which the one at `position` sees `seen(position)`.
+template <class Seen>
+void attend(const Attention& a, int64_t from, int64_t to, Scratch& s, Seen seen) {
+    const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group, wide = padded(a.width);
+    memset(s.scores.data, 0, rows * BLOCK * sizeof(float));
+    for (int64_t j = 0; j < BLOCK; j += 2 * W)
+        tiles_float(rows, s.keys.data + j * a.width, s.queries.data, a.width, a.width, s.scores.data + j, BLOCK);
+    for (int64_t row = 0; row < rows; row++) {
+        const float keep = soften(s.scores.data + row * BLOCK, seen(from + row / per_group), s.maximum.data + row,
+                                  s.total.data + row);
+        for (int64_t i = 0; i < wide; i += W)
+            store(s.sums.data + row * wide + i, load(s.sums.data + row * wide + i) * splat(keep));
+    }
+    add_values(a, from, to, s, seen);
+}
+
+// The queries at positions `from .. to` for the heads of one group.
+void some_queries(const Document& d, int64_t group, int64_t from, int64_t to, Scratch& s) {
+    const Attention& a = d.a;
+    begin_queries(d, group, from, to, s);
+    for (int64_t first = 0; first < a.num_sinks; first += BLOCK) {
+        const int64_t count = smaller(BLOCK, a.num_sinks - first);
+        read_block(a, 0, count, s.keys.data, s.values.data, s.row.data, [&](int64_t j, int64_t part, float* row) {
+            memcpy(row, a.sinks + (((first + j) * 2 + part) * a.groups + group) * a.width, a.width * sizeof(float));
+        });
+        attend(a, from, to, s, [&](int64_t) { return Span{0, count}; });
+    }
+    const int64_t low = larger(oldest(a, from), d.start());
+    for (int64_t block = low / BLOCK * BLOCK; block < to; block += BLOCK) {
+        read_block(a, larger(0, low - block), smaller(BLOCK, to - block), s.keys.data, s.values.data, s.row.data,
+                   [&](int64_t j, int64_t part, float* row) { d.read(block + j, part, group, row); });
+        attend(a, from, to, s, [&](int64_t position) {
+            return Span{larger(larger(oldest(a, position), d.start()) - block, 0), smaller(position + 1 - block, BLOCK)};
+        });
+    }
+    end_queries(d, group, from, to, s);
+}
+
+// Store a document's last `capacity` keys and values.
+void remember(const Document& d) {
+    const Attention& a = d.a;
+    Buffer<float> row(a.width + W);
+    for (int64_t p = larger(d.first, d.first + d.length - a.capacity); p < d.first + d.length; p++)
+        for (int64_t part = 0; part < 2; part++)
+            for (int64_t group = 0; group < a.groups; group++) {
+                d.read(p, part, group, row.data);
+                void* place = d.ring(p, part, group);
+                for (int64_t i = 0; i < a.width; i++)
+                    if (a.pool_type == F32)
+                        ((float*)place)[i] = row.data[i];
+                    else
+                        ((bf16*)place)[i] = narrow(row.data[i]);
+            }
+}
+
+}  // namespace
+
+// Writes `out [tokens, heads, width]`, in q's type, for every token of a document, then the rings.
+EXPORT(window_attention)(const Attention* a, int64_t documents, int64_t threads) {
+    const int64_t per_group = a->heads / a->groups;
+    const int64_t step = larger(1, TILE_ROWS / per_group);
+    Buffer<int64_t> before(documents + 1);
+    before.data[0] = 0;
+    for (int64_t i = 0; i < documents; i++)
+        before.data[i + 1] = before.data[i] + (a->starts[i + 1] - a->starts[i] + step - 1) / step;
+    int64_t keys = 0;  // read by all queries together, at most
+    for (int64_t i = 0; i < documents; i++) {
+        const int64_t length = a->starts[i + 1] - a->starts[i];
+        keys += length * smaller(a->window, a->first[i] + length);
+    }
+#pragma omp parallel num_threads(threads) if (keys * a->groups * a->width > ALONE)
+    {
+        Scratch scratch(*a, step * per_group);
+        int64_t document = 0;
+#pragma omp for schedule(monotonic : dynamic, 1)
+        for (int64_t task = 0; task < before.data[documents] * a->groups; task++) {
+            const int64_t tile = task / a->groups;
+            // Tasks come to a thread in rising order.
+            while (before.data[document + 1] <= tile) document++;
+            const Document d(*a, document);
+            const int64_t from = d.first + (tile - before.data[document]) * step;
+            some_queries(d, task % a->groups, from, smaller(from + step, d.first + d.length), scratch);
+        }
+        if (a->pool) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < documents; i++)
+                if (!a->slots || a->slots[i] >= 0) remember(Document(*a, i));
+        }
+    }
+}

@@ -1,0 +1,138 @@
+// Calls every kernel of one level on exactly sized heap memory, odd sizes and odd addresses, for `make sanitize`.
+#include <math.h>
+#include <stdio.h>
+
+#include <vector>
+
+#include "../tile.h"
+
+// The kernels themselves, so that their structs need no second definition.
+namespace linear_file {
+#include "../linear.cpp"
+}
+namespace recurrent_file {
+#include "../recurrent.cpp"
+}
+namespace attention_file {
+#include "../attention.cpp"
+}
+namespace elementwise_file {
+#include "../elementwise.cpp"
+}
+
+typedef std::vector<float> Floats;
+
+static Floats random_floats(int64_t n) {
+    Floats x(n);
+    for (float& v : x) v = (float)rand() / RAND_MAX - 0.5f;
+    return x;
+}
+
+static int failures = 0;
+
+static void expect(bool good, const char* what) {
+    if (!good) {
+        failures++;
+        printf("wrong: %s\n", what);
+    }
+}
+
+static void check_linear(int64_t kind, int64_t rows, int64_t in, int64_t out, bool counts) {
+    const int64_t wide = (out + 63) / 64 * 64, size[] = {4, 2, 1};
+    std::vector<char> weight(wide * in * size[kind], 0);
+    if (kind == 0)
+        for (int64_t i = 0; i < wide * in; i++) ((float*)weight.data())[i] = 1.0f;
+    if (kind == 1)
+        for (int64_t i = 0; i < wide * in; i++) ((uint16_t*)weight.data())[i] = 0x3f80;
+    if (kind == 2)
+        for (char& c : weight) c = 1;
+    Floats scale((in + 127) / 128 * wide, 1.0f), token(rows, 2.0f), bias(out, 1.0f), x(rows * in), y(rows * out);
+    for (float& v : x) v = (float)(rand() % 5 - 2);
+    linear_file::Packed packed{weight.data(), scale.data(), in, out, 512, kind};
+    linear_file::SYMBOL(LEVEL, linear)(&packed, x.data(), F32, token.data(), bias.data(), y.data(), F32, rows, counts,
+                                       1.5, 3);
+    for (int64_t row = 0; row < rows; row++) {
+        float total = 0;
+        for (int64_t k = 0; k < in; k++) total += x[row * in + k];
+        for (int64_t n = 0; n < out; n++) expect(y[row * out + n] == total * 2 + 1, "linear");
+    }
+}
+
+static void check_recurrent(int64_t tokens, int64_t heads, int64_t groups, int64_t key, int64_t value) {
+    Floats q = random_floats(tokens * heads * key), k = random_floats(tokens * groups * key);
+    Floats v = random_floats(tokens * groups * value), decay = random_floats(tokens * groups);
+    Floats pool = random_floats(2 * groups * key * value), out(tokens * heads * value, NAN);
+    const int64_t starts[] = {0, tokens / 2, tokens}, slots[] = {1, -1};
+    recurrent_file::Recurrence r{{q.data(), F32, heads * key},    {k.data(), F32, groups * key},
+                                 {v.data(), F32, groups * value}, {decay.data(), F32, groups},
+                                 nullptr,                         starts,
+                                 slots,                           pool.data(),
+                                 out.data(),                      1.0f,
+                                 heads,                           groups,
+                                 key,                             value,
+                                 1};
+    recurrent_file::SYMBOL(LEVEL, gated_linear)(&r, 2, 3);
+    for (float x : out) expect(x == x, "gated_linear");
+}
+
+static void check_attention(int64_t tokens, int64_t heads, int64_t groups, int64_t width, int64_t window) {
+    Floats q = random_floats(tokens * heads * width), k = random_floats(tokens * groups * width);
+    Floats v = random_floats(tokens * groups * width), out(tokens * heads * width, NAN);
+    const int64_t capacity = window + 3;
+    Floats pool = random_floats(2 * capacity * 2 * groups * width);
+    Floats sinks = random_floats(70 * 2 * groups * width);
+    const int64_t starts[] = {0, tokens / 3, tokens}, slots[] = {1, -1}, first[] = {5, capacity + 2};
+    attention_file::Attention a{{q.data(), F32, heads * width},
+                                {k.data(), F32, groups * width},
+                                {v.data(), F32, groups * width},
+                                nullptr,
+                                starts,
+                                first,
+                                slots,
+                                pool.data(),
+                                F32,
+                                capacity,
+                                out.data(),
+                                0.1f,
+                                sinks.data(),
+                                70,
+                                heads,
+                                groups,
+                                width,
+                                window};
+    attention_file::SYMBOL(LEVEL, window_attention)(&a, 2, 3);
+    for (float x : out) expect(x == x, "window_attention");
+}
+
+static void check_elementwise(int64_t rows, int64_t n) {
+    using namespace elementwise_file;
+    Floats x = random_floats(rows * n), y(rows * n), weight(n, 1.0f), scale(rows);
+    SYMBOL(LEVEL, rms_norm)(x.data(), F32, weight.data(), 1e-6f, rows, n, y.data(), 2);
+    SYMBOL(LEVEL, encode_adaptive)(x.data(), F32, 3.0f, 1e-5f, 1e4f, rows, n, y.data(), scale.data(), 2);
+    SYMBOL(LEVEL, swiglu)(x.data(), x.data(), F32, rows, n, n, y.data(), 2);
+    SYMBOL(LEVEL, log_sigmoid)(x.data(), F32, 16.0f, rows, n, n, y.data(), 2);
+    std::vector<int64_t> positions(rows, 70000);
+    Floats turned(rows * (n / 2 * 2));
+    if (n > 1) SYMBOL(LEVEL, rotary)(x.data(), F32, positions.data(), weight.data(), 1.0f, rows, 1, n / 2 * 2, n, turned.data(), 2);
+    for (float v : y) expect(v == v, "elementwise");
+}
+
+int main() {
+    for (int64_t kind = 0; kind < 3; kind++)
+        for (int64_t rows : {0, 1, 2, 7, 260})
+            for (int64_t in : {1, 127, 300})
+                for (bool counts : {false, true}) check_linear(kind, rows, in, in == 300 ? 600 : 33, counts);
+    for (int64_t tokens : {0, 1, 9}) {
+        check_recurrent(tokens, 14, 2, 64, 64);
+        check_recurrent(tokens, 9, 1, 3, 5);
+        check_recurrent(tokens, 2, 1, 70, 90);
+    }
+    for (int64_t tokens : {0, 1, 150}) {
+        check_attention(tokens, 14, 2, 64, 70);
+        check_attention(tokens, 3, 1, 5, 1);
+        check_attention(tokens, 2, 1, 200, 100);
+    }
+    for (int64_t n : {1, 7, 64, 91}) check_elementwise(20, n);
+    printf("%s: %d failures\n", __FILE__, failures);
+    return failures != 0;
+}

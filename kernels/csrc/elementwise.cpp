@@ -1,0 +1,119 @@
+// What lies between the products, one pass over a row each: RMS norm, the adaptive spike encoder, SwiGLU, the log of a
+// decay, rotary positions.
+#include <math.h>
+
+#include "simd.h"
+
+namespace {
+
+void narrow_row(const float* x, int64_t n, void* out, int64_t type) {
+    if (type == F32)
+        memcpy(out, x, n * sizeof(float));
+    else
+        for (int64_t i = 0; i < n; i++) ((bf16*)out)[i] = narrow(x[i]);
+}
+
+// Sum of f over a row of n values that is followed by zeros up to whole vectors.
+template <class F>
+float total(const float* x, int64_t n, F f) {
+    vf sums = {};
+    for (int64_t i = 0; i < n; i += W) sums += f(load(x + i));
+    return sum(sums);
+}
+
+vf absolute(vf x) { return (vf)((vi)x & splat_int(0x7fffffff)); }
+
+vf nearest_even(vf x) {
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    vf rounded = (x + magic) - magic;
+    return absolute(x) < splat(4194304.0f) ? rounded : x;
+}
+
+}  // namespace
+
+// x, out [rows, n]; out = x / rms(x) * weight, rms over the n values, in fp32.
+EXPORT(rms_norm)(const void* x, int64_t type, const float* weight, float epsilon, int64_t rows, int64_t n, void* out,
+                 int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 16)
+    for (int64_t row = 0; row < rows; row++) {
+        Buffer<float> wide(n + W);
+        widen_row(at(x, type, row * n), type, n, wide.data);
+        const float square = total(wide.data, n, [](vf v) { return v * v; });
+        const float inverse = 1.0f / __builtin_sqrtf(square / (float)n + epsilon);
+        for (int64_t i = 0; i < n; i++) wide.data[i] = wide.data[i] * inverse * weight[i];
+        narrow_row(wide.data, n, at(out, type, row * n), type);
+    }
+}
+
+// threshold = clamp(mean|x| / k, low, high); counts [rows, n] = round(x / threshold) in x's type; scale [rows].
+EXPORT(encode_adaptive)(const void* x, int64_t type, float k, float low, float high, int64_t rows, int64_t n,
+                        void* counts, float* scale, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 16)
+    for (int64_t row = 0; row < rows; row++) {
+        Buffer<float> wide(n + W);
+        widen_row(at(x, type, row * n), type, n, wide.data);
+        float threshold = total(wide.data, n, absolute) / (float)n / k;
+        threshold = threshold < low ? low : threshold > high ? high : threshold;
+        scale[row] = threshold;
+        for (int64_t i = 0; i < n; i += W)
+            store(wide.data + i, nearest_even(load(wide.data + i) / splat(threshold)));
+        narrow_row(wide.data, n, at(counts, type, row * n), type);
+    }
+}
+
+// out [rows, n] = silu(gate) * up; gate and up [rows, stride].
+EXPORT(swiglu)(const void* gate, const void* up, int64_t type, int64_t rows, int64_t n, int64_t stride, void* out,
+               int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 16)
+    for (int64_t row = 0; row < rows; row++) {
+        Buffer<float> a(n + W), b(n + W);
+        widen_row(at(gate, type, row * stride), type, n, a.data);
+        widen_row(at(up, type, row * stride), type, n, b.data);
+        for (int64_t i = 0; i < n; i += W) {
+            vf x = load(a.data + i);
+            // Past what `exponential` can give, infinite, so that -inf gives NaN as it does elsewhere.
+            vf e = x < splat(-88.0f) ? splat(INFINITY) : exponential(-x);
+            store(a.data + i, x / (splat(1.0f) + e) * load(b.data + i));
+        }
+        narrow_row(a.data, n, at(out, type, row * n), type);
+    }
+}
+
+// out [rows, n] in fp32 = log(sigmoid(x)) / divisor; x [rows, stride].
+EXPORT(log_sigmoid)(const void* x, int64_t type, float divisor, int64_t rows, int64_t n, int64_t stride, float* out,
+                    int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 16)
+    for (int64_t row = 0; row < rows; row++) {
+        Buffer<float> wide(n + W);
+        widen_row(at(x, type, row * stride), type, n, wide.data);
+        for (int64_t i = 0; i < n; i++) {
+            const float v = wide.data[i];
+            out[row * n + i] = ((v < 0 ? v : 0) - log1pf(expf(v < 0 ? v : -v))) / divisor;
+        }
+    }
+}
+
+// x [rows, stride] holds heads of `width`; each pair (i, i + width / 2) of out [rows, heads, width] is turned by
+// position * frequency[i] and multiplied by `factor` (rotary positions, arXiv 2104.09864).
+EXPORT(rotary)(const void* x, int64_t type, const int64_t* positions, const float* frequencies, float factor,
+               int64_t rows, int64_t heads, int64_t width, int64_t stride, void* out, int64_t threads) {
+    const int64_t half = width / 2;
+#pragma omp parallel for num_threads(threads) if (rows > 16)
+    for (int64_t row = 0; row < rows; row++) {
+        Buffer<float> wide(width + W), turned(width), cosine(half), sine(half);
+        for (int64_t i = 0; i < half; i++) {
+            const float angle = (float)positions[row] * frequencies[i];
+            cosine.data[i] = cosf(angle) * factor;
+            sine.data[i] = sinf(angle) * factor;
+        }
+        for (int64_t head = 0; head < heads; head++) {
+            widen_row(at(x, type, row * stride + head * width), type, width, wide.data);
+            const float *a = wide.data, *b = wide.data + half;
+            for (int64_t i = 0; i < half; i++) {
+                turned.data[i] = a[i] * cosine.data[i] - b[i] * sine.data[i];
+                turned.data[half + i] = b[i] * cosine.data[i] + a[i] * sine.data[i];
+            }
+            narrow_row(turned.data, width, at(out, type, (row * heads + head) * width), type);
+        }
+    }
+}

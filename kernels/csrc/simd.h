@@ -1,0 +1,236 @@
+// Vectors of W floats, and the few operations that differ between instruction sets.
+//
+// Every kernel file is compiled once a level (-DLEVEL=baseline|avx2|avx512) with that level's flags. All functions here
+// are static: a copy compiled for a wider instruction set must never be the one the linker keeps for a narrower one.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define W 16
+#elif defined(__AVX2__)
+#define W 8
+#else
+#define W 4
+#endif
+
+#define JOIN3(a, b, c) a##_##b##_##c
+#define SYMBOL(level, name) JOIN3(sb, level, name)
+#define EXPORT(name) extern "C" __attribute__((visibility("default"))) void SYMBOL(LEVEL, name)
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+
+enum Type { F32 = 0, BF16 = 1, I16 = 2 };
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static inline vf splat(float x) { return vf{} + x; }
+static inline vi splat_int(int32_t x) { return vi{} + x; }
+
+static inline vf load(const float* p) {
+    vf x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+static inline vi load_int(const int32_t* p) {
+    vi x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+static inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
+static inline void store_int(int32_t* p, vi x) { memcpy(p, &x, sizeof x); }
+
+static inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+// Round to nearest even; a NaN stays one.
+static inline bf16 narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return {(uint16_t)((bits >> 16) | 0x40)};
+    return {(uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+static inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline vf load(const bf16* p) {
+#if defined(__AVX512F__)
+    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return (vf)_mm512_slli_epi32(x, 16);
+#elif defined(__AVX2__)
+    __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return (vf)_mm256_slli_epi32(x, 16);
+#else
+    vf x;
+    for (int i = 0; i < W; i++) x[i] = widen(p[i]);
+    return x;
+#endif
+}
+
+static inline vf load(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    vf x;
+    for (int i = 0; i < W; i++) x[i] = (float)p[i];
+    return x;
+#endif
+}
+
+static inline void store(bf16* p, vf x) {
+    for (int i = 0; i < W; i++) p[i] = narrow(x[i]);
+}
+
+// The first n < W elements, and zeros.
+template <class T>
+static inline vf load_part(const T* p, int64_t n) {
+    T part[W] = {};
+    memcpy(part, p, n * sizeof(T));
+    return load(part);
+}
+
+template <class T>
+static inline void store_part(T* p, vf x, int64_t n) {
+    T part[W];
+    store(part, x);
+    memcpy(p, part, n * sizeof(T));
+}
+
+// n elements as fp32, followed by zeros up to the next multiple of W.
+template <class T>
+static inline void widen_row(const T* x, int64_t n, float* wide) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(wide + i, load(x + i));
+    if (i < n) store(wide + i, load_part(x + i, n - i));
+}
+
+static inline void widen_row(const void* x, int64_t type, int64_t n, float* wide) {
+    if (type == F32)
+        widen_row((const float*)x, n, wide);
+    else
+        widen_row((const bf16*)x, n, wide);
+}
+
+template <class T>
+static inline T* at(T* base, int64_t type, int64_t element) {
+    return (T*)((char*)base + element * (type == F32 ? 4 : 2));
+}
+
+static inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+// acc += products of int16 pairs, summed in pairs.
+static inline vi dot_pairs(vi acc, vi a, vi b) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return acc + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    const int16_t *x = (const int16_t*)&a, *y = (const int16_t*)&b;
+    for (int i = 0; i < W; i++) acc[i] += (int32_t)x[2 * i] * y[2 * i] + (int32_t)x[2 * i + 1] * y[2 * i + 1];
+    return acc;
+#endif
+}
+
+// Two rows of 2W int8 as 2W pairs of int16, in an order of lanes that `in_order` undoes.
+static inline void interleave(const int8_t* a, const int8_t* b, vi* low, vi* high) {
+#if defined(__AVX512F__)
+    __m512i x = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)a));
+    __m512i y = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)b));
+    *low = (vi)_mm512_unpacklo_epi16(x, y);
+    *high = (vi)_mm512_unpackhi_epi16(x, y);
+#elif defined(__AVX2__)
+    __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)a));
+    __m256i y = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)b));
+    *low = (vi)_mm256_unpacklo_epi16(x, y);
+    *high = (vi)_mm256_unpackhi_epi16(x, y);
+#else
+    int16_t pairs[4 * W];
+    for (int i = 0; i < 2 * W; i++) {
+        pairs[2 * i] = a[i];
+        pairs[2 * i + 1] = b[i];
+    }
+    memcpy(low, pairs, sizeof *low);
+    memcpy(high, pairs + 2 * W, sizeof *high);
+#endif
+}
+
+static inline void in_order(vi low, vi high, vi* first, vi* second) {
+#if defined(__AVX512F__)
+    const __m512i one = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i two = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    *first = (vi)_mm512_permutex2var_epi32((__m512i)low, one, (__m512i)high);
+    *second = (vi)_mm512_permutex2var_epi32((__m512i)low, two, (__m512i)high);
+#elif defined(__AVX2__)
+    *first = (vi)_mm256_permute2x128_si256((__m256i)low, (__m256i)high, 0x20);
+    *second = (vi)_mm256_permute2x128_si256((__m256i)low, (__m256i)high, 0x31);
+#else
+    *first = low;
+    *second = high;
+#endif
+}
+
+static inline float sum(vf x) {
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+
+// e^x within 2 ulp between -87 and 88 and clamped outside, so that it is never 0 or infinite; NaN stays NaN.
+static inline vf exponential(vf x) {
+    x = x < splat(-87.3f) ? splat(-87.3f) : x;
+    x = x > splat(88.3f) ? splat(88.3f) : x;
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    vf n = fma(x, splat(1.44269504f), magic) - magic;
+    vf r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    vf p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + splat(1.0f);
+    vf whole = n == n ? n : splat(0.0f);
+    vi power = (__builtin_convertvector(whole, vi) + 127) << 23;
+    return p * (vf)power;
+}
+
+// Memory aligned to a cache line that is freed at the end of the block.
+template <class T>
+struct Buffer {
+    T* data;
+    explicit Buffer(int64_t count) {
+        size_t bytes = ((size_t)(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64;
+        data = (T*)aligned_alloc(64, bytes);
+        if (!data) abort();
+    }
+    ~Buffer() { free(data); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+};

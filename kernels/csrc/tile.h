@@ -1,0 +1,44 @@
+// The register tile that all products in floats are made of.
+#pragma once
+#include "simd.h"
+
+#define R 6  // rows of a tile; its width is 2W outputs
+
+// A tile of M rows and 2W outputs: total += x W over `depth` inputs, or, with a scale, total += scale * (x W).
+template <int M>
+static void tile_float(const float* tile, const float* x, int64_t in, int64_t depth, const float* scale, float* total,
+                int64_t stride) {
+    vf a[M][2];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < 2; i++) a[m][i] = scale ? vf{} : load(total + m * stride + i * W);
+    for (int64_t k = 0; k < depth; k++) {
+        vf b0 = load(tile + k * 2 * W), b1 = load(tile + k * 2 * W + W);
+#pragma GCC unroll 6
+        for (int m = 0; m < M; m++) {
+            vf c = splat(x[m * in + k]);
+            a[m][0] = fma(b0, c, a[m][0]);
+            a[m][1] = fma(b1, c, a[m][1]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < 2; i++) {
+            float* t = total + m * stride + i * W;
+            store(t, scale ? load(t) + load(scale + i * W) * a[m][i] : a[m][i]);
+        }
+}
+
+// The same for `rows` rows.
+static inline void tiles_float(int64_t rows, const float* tile, const float* x, int64_t in, int64_t depth, float* total,
+                               int64_t stride) {
+    for (; rows >= R; rows -= R, x += R * in, total += R * stride)
+        tile_float<R>(tile, x, in, depth, nullptr, total, stride);
+    switch (rows) {
+        case 1: return tile_float<1>(tile, x, in, depth, nullptr, total, stride);
+        case 2: return tile_float<2>(tile, x, in, depth, nullptr, total, stride);
+        case 3: return tile_float<3>(tile, x, in, depth, nullptr, total, stride);
+        case 4: return tile_float<4>(tile, x, in, depth, nullptr, total, stride);
+        case 5: return tile_float<5>(tile, x, in, depth, nullptr, total, stride);
+    }
+}

@@ -1,0 +1,94 @@
+"""The compiled library: found and loaded when first used, one set of functions for each instruction set.
+
+Built from `csrc/` by the package's own build; every kernel is in it once a level (baseline, AVX2, AVX-512), and the
+best level this processor has is used unless another is asked for by name.
+"""
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_double, c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backends import BackendError
+
+FILE = Path(__file__).with_name("libnative.so")
+LEVELS = ("avx512", "avx2", "baseline")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int16: 2}
+
+Kernel = Callable[..., None]
+
+# In the order of the C functions' parameters.
+SIGNATURES = {
+    "linear": [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *[c_int64] * 3, c_double, c_int64],
+    "gated_linear": [c_void_p, c_int64, c_int64],
+    "window_attention": [c_void_p, c_int64, c_int64],
+    "rms_norm": [c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int64],
+    "encode_adaptive": [c_void_p, c_int64, *[c_float] * 3, c_int64, c_int64, c_void_p, c_void_p, c_int64],
+    "log_sigmoid": [c_void_p, c_int64, c_float, *[c_int64] * 3, c_void_p, c_int64],
+    "rotary": [c_void_p, c_int64, c_void_p, c_void_p, c_float, *[c_int64] * 4, c_void_p, c_int64],
+    "swiglu": [c_void_p, c_void_p, *[c_int64] * 4, c_void_p, c_int64],
+}
+
+
+def missing() -> str | None:
+    """Why the library cannot be used, or None if it can."""
+    if FILE.exists():
+        return None
+    return "was not built: install a C++17 compiler (g++ or clang++), then install this package again"
+
+
+@cache
+def _load() -> ctypes.CDLL:
+    reason = missing()
+    if reason:
+        raise BackendError(f"native {reason}")
+    # torch is loaded by now, so both use the one OpenMP runtime that torch brought.
+    return ctypes.CDLL(str(FILE))
+
+
+class Library:
+    """The functions of one level; their parameters are those of the C sources."""
+
+    linear: Kernel
+    gated_linear: Kernel
+    window_attention: Kernel
+    rms_norm: Kernel
+    encode_adaptive: Kernel
+    swiglu: Kernel
+    log_sigmoid: Kernel
+    rotary: Kernel
+
+    def __init__(self, level: str):
+        library = _load()
+        self.level = level
+        for name, parameters in SIGNATURES.items():
+            function = getattr(library, f"sb_{level}_{name}")
+            function.argtypes, function.restype = parameters, None
+            setattr(self, name, function)
+
+
+def levels() -> tuple[str, ...]:
+    """The levels this processor can run, best first."""
+    return tuple(level for level in LEVELS if _has(level))
+
+
+def _has(level: str) -> bool:
+    return hasattr(_load(), f"sb_{level}_linear") and bool(getattr(_load(), f"sb_has_{level}")())
+
+
+@cache
+def library(level: str | None = None) -> Library:
+    """The functions of `level`, or of the best level; raises `BackendError` for one that cannot run here."""
+    choices = levels()
+    if level is not None and level not in choices:
+        raise BackendError(f"this processor has no level {level!r}; choose from {', '.join(choices)}")
+    return Library(level or choices[0])
+
+
+def address(x: Tensor | None) -> int | None:
+    """Where a tensor's data begins."""
+    return None if x is None else x.data_ptr()

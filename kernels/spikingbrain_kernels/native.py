@@ -1,0 +1,353 @@
+"""The C++ kernels as ops: forward passes in fp32 and bf16 on the CPU, states updated in place where they lie in a pool.
+
+Under torch.compile each call is a custom op with a fake implementation; in eager mode the C function is called
+directly, because the dispatcher costs more than a decode step of one layer.
+"""
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_float, c_int64, c_void_p
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .layout import documents
+from .library import TYPES, address, library
+from .packed import KINDS, PANEL, CPacked, Packed
+from .slots import Slots
+
+# A row goes alone while the weights its spikes touch, summed over the rows, are fewer than this many whole matrices.
+BREAK_EVEN_ROWS = 1.5
+
+
+class _Tokens(ctypes.Structure):
+    """`Tensor` in the C sources: data, type, elements from token to token."""
+
+    _fields_ = [("data", c_void_p), ("type", c_int64), ("stride", c_int64)]
+
+
+class _Recurrence(ctypes.Structure):
+    _fields_ = [
+        *((name, _Tokens) for name in ("q", "k", "v", "decay")),
+        *((name, c_void_p) for name in ("tokens", "starts", "slots", "pool", "out")),
+        ("scale", c_float),
+        *((name, c_int64) for name in ("heads", "groups", "key", "value", "decay_width")),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, _Tokens) for name in ("q", "k", "v")),
+        *((name, c_void_p) for name in ("tokens", "starts", "first", "slots", "pool")),
+        *((name, c_int64) for name in ("pool_type", "capacity")),
+        ("out", c_void_p),
+        ("scale", c_float),
+        ("sinks", c_void_p),
+        *((name, c_int64) for name in ("num_sinks", "heads", "groups", "width", "window")),
+    ]
+
+
+def gated_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    state: Tensor | Slots,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | Slots]:
+    """The recurrence of `reference.gated_linear`, the same bits however the tokens are cut into chunks."""
+    tokens, starts = _layout(q, cu_seqlens, mask)
+    q, k, v, log_decay = (_by_token(x) for x in (q, k, v, log_decay))
+    state, pool, slots = _pool(state)
+    return _call("gated_linear_", _gated_linear, q, k, v, log_decay, pool, slots, tokens, starts, scale), state
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    positions: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    state: Tensor | Slots | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | Slots | None]:
+    """Blocks of keys in the order of their positions, the same bits however the tokens are cut into chunks."""
+    tokens, starts = _layout(q, cu_seqlens, mask)
+    if cu_seqlens is None and mask is None:
+        first = positions[:, :1].reshape(-1) if q.shape[1] else starts[:-1] * 0
+    else:
+        first = documents(q.shape[0], q.shape[1], cu_seqlens, mask, q.device).first(positions)
+    q, k, v = (_by_token(x) for x in (q, k, v))
+    pool, slots = None, None
+    if state is not None:
+        state, pool, slots = _pool(state)
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    args = (q, k, v, sinks, pool, slots, tokens, starts, first.contiguous(), window, scale)
+    return _call("window_attention_", _window_attention, *args), state
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x W^T + b, in x's type."""
+    return _apply(x, packed, None, bias, False)
+
+
+def spike_linear(counts: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """scale * (counts W^T) + b, in the type of `counts` (fp32 where they are integers)."""
+    return _apply(counts, packed, scale, bias, True)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`torch.nn.functional.rms_norm` over the last dimension; `weight` in fp32."""
+    return _call("rms_norm", _rms_norm, x.contiguous(), weight, epsilon)
+
+
+def encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Counts `round(x / scale)` in x's type and scale `clamp(mean|x| / k, low, high) [..., 1]`."""
+    return _call("encode_adaptive", _encode_adaptive, x.contiguous(), k, low, high)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up; each `[..., N]`."""
+    first, second = _rows(gate), _rows(up)
+    if first.stride(0) != second.stride(0):
+        first, second = first.contiguous(), second.contiguous()
+    return _call("swiglu", _swiglu, first, second).view(gate.shape)
+
+
+def log_sigmoid(x: Tensor, divisor: float) -> Tensor:
+    """log(sigmoid(x)) / divisor in fp32; x `[..., N]`."""
+    return _call("log_sigmoid", _log_sigmoid, _rows(x), divisor).view(x.shape)
+
+
+def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    """Turn the pairs of x's heads by position * frequency."""
+    return _call("rotary", _rotary, _by_token(x), positions.contiguous(), frequencies, factor)
+
+
+def _call(name: str, eager: Callable[..., Any], *args: Any) -> Any:
+    return _OPS[name](*args) if torch.compiler.is_compiling() else eager(*args)
+
+
+@lru_cache(maxsize=64)
+def _even_starts(rows: int, length: int) -> Tensor:
+    return torch.arange(rows + 1) * length
+
+
+def _layout(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """The documents' tokens (None: all, in order) and where each begins among them."""
+    if cu_seqlens is None and mask is None:
+        rows, length = q.shape[:2]
+        return None, torch.arange(rows + 1) * length if torch.compiler.is_compiling() else _even_starts(rows, length)
+    docs = documents(q.shape[0], q.shape[1], cu_seqlens, mask, q.device)
+    return docs.tokens, torch.cat([docs.lengths.new_zeros(1), docs.lengths.cumsum(0)])
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """x `[B, T, H, K]` with its heads contiguous and its tokens at equal distances."""
+    by_row = x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.stride(1) * x.shape[1]
+    heads = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+    return x if by_row and heads else x.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x `[..., N]` as a matrix whose rows are contiguous."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _pool(state: Tensor | Slots) -> tuple[Tensor | Slots, Tensor, Tensor | None]:
+    """What to return as new state, the pool to write to, and the documents' slots in it (None: 0, 1, 2, ...)."""
+    if isinstance(state, Slots):
+        return state, state.pool, state.rows
+    state = state.clone(memory_format=torch.contiguous_format)
+    return state, state, None
+
+
+def _apply(x: Tensor, packed: Packed, scale: Tensor | None, bias: Tensor | None, counts: bool) -> Tensor:
+    x = x.contiguous()
+    if not torch.compiler.is_compiling():
+        return _multiply(x, packed.struct, scale, bias, counts, packed.out_features)
+    kind = KINDS.index(packed.kind)
+    return _OPS["linear"](x, packed.weight, packed.scale, scale, bias, packed.out_features, kind, counts)
+
+
+def _tokens(x: Tensor) -> _Tokens:
+    stride = x.stride(0) if x.shape[1] == 1 else x.stride(1)
+    return _Tokens(x.data_ptr(), TYPES[x.dtype], stride)
+
+
+def _gated_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    pool: Tensor,
+    slots: Tensor | None,
+    tokens: Tensor | None,
+    starts: Tensor,
+    scale: float,
+) -> Tensor:
+    new = q.new_empty if tokens is None else q.new_zeros
+    out = new(*q.shape[:3], v.shape[3])
+    call = _Recurrence(
+        *(_tokens(x) for x in (q, k, v, log_decay)),
+        *(address(x) for x in (tokens, starts, slots, pool, out)),
+        scale,
+        *(q.shape[2], k.shape[2], k.shape[3], v.shape[3], log_decay.shape[3]),
+    )
+    library().gated_linear(ctypes.addressof(call), len(starts) - 1, torch.get_num_threads())
+    return out
+
+
+def _window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    pool: Tensor | None,
+    slots: Tensor | None,
+    tokens: Tensor | None,
+    starts: Tensor,
+    first: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    new = q.new_empty if tokens is None else q.new_zeros
+    out = new(*q.shape[:3], v.shape[3])
+    pool_type, capacity = (0, 0) if pool is None else (TYPES[pool.dtype], pool.shape[1])
+    call = _Attention(
+        *(_tokens(x) for x in (q, k, v)),
+        *(address(x) for x in (tokens, starts, first, slots, pool)),
+        *(pool_type, capacity, out.data_ptr(), scale),
+        *(address(sinks), 0 if sinks is None else len(sinks), q.shape[2], k.shape[2], k.shape[3], window),
+    )
+    library().window_attention(ctypes.addressof(call), len(starts) - 1, torch.get_num_threads())
+    return out
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    group_scale: Tensor | None,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    kind: int,
+    counts: bool,
+) -> Tensor:
+    in_features = x.shape[-1]
+    packed = CPacked(address(weight), address(group_scale), in_features, out_features, PANEL, kind)
+    return _multiply(x, packed, token_scale, bias, counts, out_features)
+
+
+def _multiply(
+    x: Tensor, packed: CPacked, token_scale: Tensor | None, bias: Tensor | None, counts: bool, out_features: int
+) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32 if x.dtype == torch.int16 else x.dtype)
+    library().linear(
+        *(ctypes.addressof(packed), x.data_ptr(), TYPES[x.dtype], address(token_scale), address(bias)),
+        *(out.data_ptr(), TYPES[out.dtype], out.numel() // max(1, out_features), counts),
+        *(BREAK_EVEN_ROWS, torch.get_num_threads()),
+    )
+    return out
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    out, width = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // max(1, width)
+    data = (x.data_ptr(), TYPES[x.dtype], weight.data_ptr())
+    library().rms_norm(*data, epsilon, rows, width, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tensor, Tensor]:
+    counts, width = torch.empty_like(x), x.shape[-1]
+    scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    data = (x.data_ptr(), TYPES[x.dtype], k, low, high)
+    library().encode_adaptive(*data, scale.numel(), width, counts.data_ptr(), scale.data_ptr(), torch.get_num_threads())
+    return counts, scale
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    out, width = gate.new_empty(gate.shape), gate.shape[-1]
+    rows = gate.numel() // max(1, width)
+    data = (gate.data_ptr(), up.data_ptr(), TYPES[gate.dtype], rows, width, gate.stride(0))
+    library().swiglu(*data, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _log_sigmoid(x: Tensor, divisor: float) -> Tensor:
+    out, width = x.new_empty(x.shape, dtype=torch.float32), x.shape[-1]
+    size = (x.numel() // max(1, width), width, x.stride(0))
+    library().log_sigmoid(x.data_ptr(), TYPES[x.dtype], divisor, *size, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    out, tokens = x.new_empty(x.shape), _tokens(x)
+    angles = (positions.data_ptr(), frequencies.data_ptr(), factor)
+    size = (x.shape[0] * x.shape[1], x.shape[2], x.shape[3], tokens.stride)
+    library().rotary(tokens.data, tokens.type, *angles, *size, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+_OPS = {
+    "gated_linear_": custom_op("spikingbrain::gated_linear_", _gated_linear, mutates_args=("pool",)),
+    "window_attention_": custom_op("spikingbrain::window_attention_", _window_attention, mutates_args=("pool",)),
+    "linear": custom_op("spikingbrain::linear", _linear, mutates_args=()),
+    "rms_norm": custom_op("spikingbrain::rms_norm", _rms_norm, mutates_args=()),
+    "encode_adaptive": custom_op("spikingbrain::encode_adaptive", _encode_adaptive, mutates_args=()),
+    "log_sigmoid": custom_op("spikingbrain::log_sigmoid", _log_sigmoid, mutates_args=()),
+    "rotary": custom_op("spikingbrain::rotary", _rotary, mutates_args=()),
+    "swiglu": custom_op("spikingbrain::swiglu", _swiglu, mutates_args=()),
+}
+
+
+@_OPS["gated_linear_"].register_fake
+def _(q, k, v, log_decay, pool, slots, tokens, starts, scale):  # noqa: ARG001
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@_OPS["window_attention_"].register_fake
+def _(q, k, v, sinks, pool, slots, tokens, starts, first, window, scale):  # noqa: ARG001
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@_OPS["linear"].register_fake
+def _(x, weight, group_scale, token_scale, bias, out_features, kind, counts):  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32 if x.dtype == torch.int16 else x.dtype)
+
+
+@_OPS["rms_norm"].register_fake
+def _(x, weight, epsilon):  # noqa: ARG001
+    return torch.empty_like(x)
+
+
+@_OPS["encode_adaptive"].register_fake
+def _(x, k, low, high):  # noqa: ARG001
+    return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+@_OPS["swiglu"].register_fake
+def _(gate, up):  # noqa: ARG001
+    return gate.new_empty(gate.shape)
+
+
+@_OPS["log_sigmoid"].register_fake
+def _(x, divisor):  # noqa: ARG001
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@_OPS["rotary"].register_fake
+def _(x, positions, frequencies, factor):  # noqa: ARG001
+    return x.new_empty(x.shape)

@@ -1,0 +1,57 @@
+"""Benchmarks: one file a suite, found through the entry-point group `spikingbrain.benchmarks`.
+
+A suite is a module with a docstring (its help), `add_arguments(parser)` and `run(args) -> list[Row]`. It raises
+`ResultsDiffer` instead of giving figures of something that computes the wrong thing.
+"""
+
+import platform
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+Row = dict[str, Any]
+
+
+class ResultsDiffer(InputError):
+    """What was to be timed does not compute what it should."""
+
+
+def seconds(call: Callable[[int], object], *, repeats: int, warm_up: int = 1) -> float:
+    """The time of `call(i)` that a tenth of the calls stay below."""
+    times = []
+    for i in range(-warm_up, repeats):
+        start = time.perf_counter()
+        call(i % repeats)
+        times.append(time.perf_counter() - start)
+    return sorted(times[warm_up:])[repeats // 10]
+
+
+def read_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes a second that this machine's threads read from memory: the best of five sums over `size` bytes."""
+    memory = torch.ones(size // 4)
+    return size / min(seconds(lambda _: memory.sum(), repeats=1) for _ in range(5))
+
+
+def require_close(what: str, value: Tensor, expected: Tensor, tolerance: float) -> float:
+    """The relative RMS error; raises `ResultsDiffer` where it is not below `tolerance`."""
+    difference = (value.double() - expected.double()).pow(2).mean().sqrt()
+    error = float(difference / expected.double().pow(2).mean().sqrt())
+    if not error < tolerance:
+        raise ResultsDiffer(f"{what} differs from its reference by {error:.1e} (allowed {tolerance:.0e}): not timed")
+    return error
+
+
+def machine() -> str:
+    """The processor and its number of threads, as a file name."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
+        name = found[1]
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {torch.get_num_threads()} threads".lower()).strip("-")

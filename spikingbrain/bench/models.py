@@ -1,0 +1,114 @@
+"""Models of one shape with random weights: ours, packed in several ways, and Hugging Face's Qwen2."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+
+from ..config import SpikingBrainConfig
+from ..errors import InputError
+from ..files import read_json
+from ..model import SpikingBrainForCausalLM
+from ..neurons import Spikes, SpikingNeuron
+from ..spiking import SpikeEncoder
+from ..state import StatePool
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUM_MASKS = 8
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+)
+
+
+class Silenced(SpikingNeuron):
+    """A neuron of which a given part of the channels, another one each time, stays silent and all others fire."""
+
+    def __init__(self, neuron: SpikingNeuron, silent: float):
+        super().__init__(neuron.channels)
+        self.neuron, self.silent = neuron, silent
+        self.masks: list[Tensor] = []
+        self.calls = 0
+
+    def fire(self, x: Tensor) -> Spikes:
+        """`x [..., C]` -> `Spikes`."""
+        counts, scale, _ = self.neuron.fire(x)
+        if not self.masks:
+            channels, number = x.shape[-1], round(self.silent * x.shape[-1])
+            self.masks = [torch.randperm(channels)[:number] for _ in range(NUM_MASKS)]
+        self.calls += 1
+        counts = torch.where(counts == 0, torch.ones_like(counts), counts)
+        return Spikes(counts.index_fill_(-1, self.masks[self.calls % NUM_MASKS], 0), scale)
+
+
+def silence(model: Any, silent: float) -> Any:
+    """Let every spike encoder of `model` keep this part of its channels silent."""
+    for module in model.modules():
+        if isinstance(module, SpikeEncoder):
+            neuron = module.neuron.neuron if isinstance(module.neuron, Silenced) else module.neuron
+            module.neuron = Silenced(neuron, silent)
+    return model
+
+
+def ours(path: str | Path, dtype: str, layers: int | None, *, spiking: bool = False) -> SpikingBrainForCausalLM:
+    """Our model of a config file's shape, with random weights."""
+    keys = read_json(path)
+    if keys.get("model_type") != "spikingbrain":
+        raise InputError(f"{path} is not a config of ours")
+    keys = {key: value for key, value in keys.items() if key not in ("architectures", "model_type")}
+    keys["num_hidden_layers"] = layers or keys["num_hidden_layers"]
+    keys["spiking"] = {"neuron": "adaptive", "params": {"k": 3.0}} if spiking else None
+    return _random(SpikingBrainForCausalLM, SpikingBrainConfig(**keys), dtype)
+
+
+def qwen2(config: Any, dtype: str) -> Qwen2ForCausalLM:
+    """Hugging Face's softmax model of the same sizes."""
+    sizes = {name: getattr(config, name) for name in SIZES}
+    return _random(Qwen2ForCausalLM, Qwen2Config(**sizes, rope_parameters=config.rope_parameters), dtype)
+
+
+def _random(model_class: Any, config: Any, dtype: str) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype])
+    try:
+        torch.manual_seed(0)
+        return model_class(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+class OurDecoder:
+    """One sequence at a position, decoding through the step function over a pool, as the engine does."""
+
+    def __init__(self, model: Any, position: int):
+        self.model, self.position = model, position
+        self._pool = StatePool(model.state_specs(), 1, "cpu")
+        self.slot = self._pool.allocate()
+        for layer in self._pool.states([self.slot]):
+            states: list[Any] = list(layer.values())
+            for state in states:
+                state.pool.normal_(std=0.1)  # as if `position` tokens had been read
+
+    def step(self, token: int = 5) -> Tensor:
+        """The logits after one more token."""
+        positions = torch.tensor([[self.position]])
+        hidden, _ = self.model.step(torch.tensor([[token]]), self._pool.states([self.slot]), positions=positions)
+        return self.model.lm_head(hidden[:, -1])
+
+
+class TheirDecoder:
+    """The same for a model of Hugging Face, with a cache of keys and values of `position` tokens."""
+
+    def __init__(self, model: Any, position: int):
+        self.model, config = model, model.config
+        self._cache = DynamicCache(config=config)
+        shape = (1, config.num_key_value_heads, position, config.hidden_size // config.num_attention_heads)
+        for layer in range(config.num_hidden_layers):
+            keys, values = ((torch.randn(shape) * 0.1).to(model.dtype) for _ in range(2))
+            self._cache.update(keys, values, layer)
+
+    def step(self, token: int = 5) -> Tensor:
+        """The logits after one more token."""
+        return self.model(torch.tensor([[token]]), past_key_values=self._cache, use_cache=True).logits[:, -1]

@@ -1,0 +1,104 @@
+"""Products and decode steps: native kernels against torch and against this machine's own read bandwidth."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as torch_linear
+
+from spikingbrain_kernels import Slots, gated_linear, linear, pack, spike_linear, window_attention
+
+from . import Row, read_bandwidth, require_close, seconds
+
+# [out, in] of the 0.5B and 7B shapes' feed-forward halves.
+SHAPES = ((4864, 896), (896, 4864), (18944, 3584), (3584, 18944))
+SILENT = (0.0, 0.5, 0.7, 0.9)
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "int8": 1e-5}
+POOL_BYTES = 400 << 20  # so much that nothing stays in a cache from call to call
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--repeats N"""
+    parser.add_argument("--repeats", type=int, default=30, help="calls timed")
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> list[Row]:
+    """A row for each shape, kind of weights and fraction of silent channels."""
+    roof = read_bandwidth()
+    rows: list[Row] = [{"op": "read", "shape": "1 GiB", "GB/s": roof / 1e9}]
+    for shape in SHAPES:
+        for kind in ("fp32", "bf16", "int8"):
+            rows += _products(shape, kind, roof, args.repeats)
+    return rows + _steps(roof, args.repeats)
+
+
+def _products(shape: tuple[int, int], kind: str, roof: float, repeats: int) -> list[Row]:
+    first = pack(torch.randn(shape), kind)
+    weights = [first, *(pack(torch.randn(shape), kind) for _ in range(POOL_BYTES // first.nbytes))]
+    inputs = [torch.randn(1, shape[1]) for _ in range(8)]
+    error = require_close("linear", linear(inputs[0], first), linear(inputs[0], first, backend="reference"), 1e-5)
+    common = {"shape": "x".join(map(str, shape)), "weights": kind}
+
+    def row(op: str, call: Callable[[int], Any], **more: Any) -> Row:
+        took = seconds(call, repeats=repeats)
+        speed = first.nbytes / took
+        return {"op": op, **common, "us": took * 1e6, "GB/s": speed / 1e9, "of roof": speed / roof, **more}
+
+    rows = [row("linear", lambda i: linear(inputs[i % 8], weights[i % len(weights)]), error=error)]
+    if kind != "int8":
+        dense = [weight.dense()[0].contiguous() for weight in weights]
+        rows.append(row("torch", lambda i: torch_linear(inputs[i % 8].to(dense[0].dtype), dense[i % len(dense)])))
+    one = torch.ones(1, 1)
+    for silent in SILENT:
+        counts = [_counts(shape[1], silent) for _ in range(8)]
+        expected = spike_linear(counts[0], one, first, backend="reference")
+        error = require_close("spike_linear", spike_linear(counts[0], one, first), expected, TOLERANCE[kind])
+        call = _spiking(counts, one, weights)
+        rows.append(row("spike_linear", call, silent=silent, error=error))
+    return rows
+
+
+def _spiking(counts: list[Tensor], scale: Tensor, weights: list[Any]) -> Callable[[int], Tensor]:
+    return lambda i: spike_linear(counts[i % 8], scale, weights[i % len(weights)])
+
+
+def _counts(channels: int, silent: float) -> Tensor:
+    """Counts of which exactly this part is zero."""
+    counts = torch.randint(1, 9, (1, channels)) * (torch.randint(0, 2, (1, channels)) * 2 - 1)
+    counts[0, torch.randperm(channels)[: round(silent * channels)]] = 0
+    return counts.float()
+
+
+def _steps(roof: float, repeats: int) -> list[Row]:
+    """One token of 64 sequences of the 7B shape, states out of cache."""
+    batch, heads, groups, width, window = 64, 28, 4, 128, 1024
+    q, k, v = (torch.randn(batch, 1, n, width) for n in (heads, groups, groups))
+    decay, slots = -torch.rand(batch, 1, groups, width), torch.randperm(batch)
+    pool, ring = torch.randn(batch, groups, width, width), torch.randn(batch, window, 2, groups, width)
+    positions = torch.full((batch, 1), window)
+    calls = {
+        "gated_linear": lambda state, name: gated_linear(q, k, v, decay, scale=1.0, state=state, backend=name),
+        "window_attention": lambda state, name: window_attention(
+            q, k, v, window=window, positions=positions, state=state, backend=name
+        ),
+    }
+    rows = []
+    for op, state in (("gated_linear", pool), ("window_attention", ring)):
+        call = calls[op]
+        small = Slots(state.clone(), slots)
+        expected = call(small.read(), "reference")[0]
+        error = require_close(op, call(small, "native")[0], expected, 1e-5)
+        moved = state.nbytes * (2 if op == "gated_linear" else 1)
+        for name in ("native", "chunked"):
+            took = seconds(_step(call, small, name), repeats=max(5, repeats // 3))
+            speed = moved / took
+            figures = {"us": took * 1e6, "GB/s": speed / 1e9, "of roof": speed / roof, "error": error}
+            rows.append({"op": f"{op} step, {name}", "shape": f"{batch} sequences of 7B", **figures})
+    return rows
+
+
+def _step(call: Callable[..., Any], state: Slots, backend: str) -> Callable[[int], Any]:
+    return lambda _: call(state, backend)

@@ -1,0 +1,130 @@
+"""A loaded model made ready for fast inference on this CPU: weights packed, what shares an input multiplied at once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikingbrain_kernels import KINDS, Packed, linear, pack, pack_codes, rms_norm, spike_linear
+from spikingbrain_kernels.library import missing
+from spikingbrain_kernels.packed import GROUP
+
+from .errors import InputError
+from .model import MixerBlock
+from .neurons import Spikes
+from .quantization import QuantizedLinear
+from .spiking import SpikingLinear
+
+KIND_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class PackedLinear(nn.Module):
+    """One product for all projections that read the same input; for inference only, it cannot be saved."""
+
+    bias: Tensor | None
+
+    def __init__(self, linears: dict[str, Any], kind: str):
+        super().__init__()
+        self.sizes = {name: module.out_features for name, module in linears.items()}
+        self.packed = _pack(list(linears.values()), kind)
+        biases = [_bias(module) for module in linears.values()]
+        has_bias = any(module.bias is not None for module in linears.values())
+        self.register_buffer("bias", torch.cat(biases) if has_bias else None, persistent=False)
+        self.register_state_dict_pre_hook(_refuse)
+
+    def forward(self, x: Tensor | Spikes) -> Tensor:
+        """`x [..., in]` -> `[..., sum of the outputs]`."""
+        if isinstance(x, Spikes):
+            return spike_linear(x.counts, x.scale, self.packed, self.bias)
+        return linear(x, self.packed, self.bias)
+
+    def by_name(self, x: Tensor | Spikes) -> dict[str, Tensor]:
+        """Each projection's part of the output."""
+        return dict(zip(self.sizes, self(x).split(list(self.sizes.values()), dim=-1), strict=True))
+
+
+class PackedNorm(nn.Module):
+    """An RMS norm in one pass."""
+
+    weight: Tensor
+
+    def __init__(self, norm: nn.RMSNorm):
+        super().__init__()
+        self.epsilon = norm.eps
+        self.normalized_shape = norm.normalized_shape
+        weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight.detach().float()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_state_dict_pre_hook(_refuse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., n]` -> the same."""
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+def prepare(model: Any, kind: str = "auto", *, head_kind: str | None = None) -> Any:
+    """Pack every projection and the head of `model`, in place, and give it back.
+
+    `kind`: fp32, bf16, int8 (rounded in groups of 128 inputs) or auto, the model's own. `head_kind`: the head's, by
+    default the same. Projections in int8 keep their codes; those with codes beyond int8, groups of another size or a
+    module of their own stay as they are. The model keeps only the packed weights, so it can no longer be trained or
+    saved. Raises `InputError` for an unknown kind, a model that is not in fp32 or bf16 on the CPU, or without the
+    native library.
+    """
+    _check(model)
+    kind = KIND_OF[model.dtype] if kind == "auto" else kind
+    head_kind = head_kind or kind
+    unknown = sorted({kind, head_kind} - set(KINDS))
+    if unknown:
+        raise InputError(f"unknown kind {unknown[0]!r}; choose from auto, {', '.join(KINDS)}")
+    for block in [module for module in model.modules() if isinstance(module, MixerBlock)]:
+        _pack_block(block, kind)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.RMSNorm):
+                setattr(parent, name, PackedNorm(child))
+    model.lm_head = PackedLinear({"lm_head": model.lm_head}, head_kind)
+    return model.eval()
+
+
+def _check(model: Any) -> None:
+    reason = missing()
+    if reason:
+        raise InputError(f"native {reason}")
+    if model.device.type != "cpu" or model.dtype not in KIND_OF:
+        choices = " or ".join(str(dtype) for dtype in KIND_OF)
+        raise InputError(f"packing takes a model in {choices} on the CPU, not in {model.dtype} on {model.device.type}")
+    if isinstance(model.lm_head, PackedLinear):
+        raise InputError("this model is packed already")
+
+
+def _pack_block(block: MixerBlock, kind: str) -> None:
+    for source in dict.fromkeys(projection.source for projection in block.projections.values()):
+        linears = {name: block.get_submodule(name) for name, p in block.projections.items() if p.source == source}
+        types = {type(module) for module in linears.values()}
+        if len(types) > 1 or not types <= {nn.Linear, SpikingLinear, QuantizedLinear} or not _fit(linears):
+            continue
+        for name in linears:
+            delattr(block, name)
+        block.packed[source] = PackedLinear(linears, kind)
+
+
+def _fit(linears: dict[str, Any]) -> bool:
+    """Whether int8 projections have the packed form's groups and no code beyond int8."""
+    int8 = [module for module in linears.values() if isinstance(module, QuantizedLinear)]
+    groups = all(-(-module.in_features // GROUP) == module.weight_scale.shape[1] for module in int8)
+    return groups and all(module.weight_outlier_index is None for module in int8)
+
+
+def _pack(linears: list[Any], kind: str) -> Packed:
+    weight = torch.cat([module.weight.detach() for module in linears])
+    if weight.dtype == torch.int8:
+        return pack_codes(weight, torch.cat([module.weight_scale for module in linears]))
+    return pack(weight, kind)
+
+
+def _bias(module: nn.Linear) -> Tensor:
+    return torch.zeros(module.out_features) if module.bias is None else module.bias.detach().float()
+
+
+def _refuse(*_: Any) -> None:
+    raise InputError("this model was packed for inference and cannot be saved; load it again to save it")

@@ -1,0 +1,86 @@
+"""The benchmarks' own rules: every suite gives figures, wrong results give none, reports are complete."""
+
+import argparse
+import json
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+from spikingbrain import InputError
+from spikingbrain.bench import ResultsDiffer, machine, models, report, require_close
+from spikingbrain.files import write_json
+from spikingbrain_kernels.library import missing
+
+SHAPE = {
+    "model_type": "spikingbrain",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "mixers": ["gla", "sliding_window"],
+    "window": 16,
+}
+
+
+@pytest.fixture
+def shape(tmp_path):
+    write_json(tmp_path / "shape.json", SHAPE)
+    return str(tmp_path / "shape.json")
+
+
+@pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("decode", ["--positions", "20", "--peer-positions", "20", "--tokens", "2"]),
+        ("prefill", ["--lengths", "70"]),
+        ("memory", ["--lengths", "10", "20"]),
+    ],
+)
+def test_every_suite_of_models_gives_figures(shape, name, options):
+    (entry,) = entry_points(group="spikingbrain.benchmarks", name=name)
+    parser = argparse.ArgumentParser()
+    entry.load().add_arguments(parser)
+    rows = entry.load().run(parser.parse_args(["--model", shape, *options]))
+    assert len(rows) > 3
+    assert all(value > 0 for row in rows for value in row.values() if isinstance(value, float))
+
+
+def test_something_that_computes_the_wrong_thing_gets_no_figures():
+    good = torch.randn(100)
+    assert require_close("sum", good * (1 + 1e-7), good, 1e-5) < 1e-6
+    for wrong in (good * 1.01, good * float("nan")):
+        with pytest.raises(ResultsDiffer, match="not timed"):
+            require_close("sum", wrong, good, 1e-5)
+
+
+def test_a_report_has_every_row_and_names_no_path(tmp_path):
+    rows = [
+        {"model": "a", "tokens/s": 12.5},
+        {"model": "b", "position": 5, "tokens/s": 1234.0},
+        {"model": "c: missing"},
+    ]
+    report.write(tmp_path / "out", "decode", "spikingbrain bench decode", rows)
+    assert json.loads((tmp_path / "out" / "decode.json").read_text())["rows"] == rows
+    table = (tmp_path / "out" / "decode.md").read_text()
+    assert "| b | 1,234 | 5 |" in table
+    assert (tmp_path / "out" / "decode.png").stat().st_size > 1000
+    assert "/" not in machine()
+
+
+def test_a_silenced_encoder_keeps_exactly_its_part_silent(shape):
+    model = models.silence(models.silence(models.ours(shape, "fp32", None, spiking=True), 0.2), 0.5)
+    x = torch.randn(3, 32)
+    first, second = (model.model.layers[0].mixer.encoders["hidden"](x).counts == 0 for _ in range(2))
+    assert bool((first.sum(1) == 16).all())
+    assert not torch.equal(first, second)
+
+
+def test_a_config_of_another_kind_is_refused(tmp_path):
+    write_json(tmp_path / "qwen.json", {"model_type": "qwen2"})
+    with pytest.raises(InputError, match="not a config of ours"):
+        models.ours(tmp_path / "qwen.json", "fp32", None)
