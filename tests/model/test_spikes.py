@@ -167,8 +167,16 @@ def calls_of(model, kind):
     return calls
 
 
-@pytest.mark.parametrize("neuron", NEURONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("neuron", sorted(set(NEURONS) - set(PARALLEL)))
+def test_quantised_windows_refuse_a_neuron_with_a_memory(neuron):
+    with pytest.raises(InputError, match=f"spiking_window: {neuron} has a memory"):
+        spiking_model(["spiking_window"], neuron=neuron)
+
+
+@pytest.mark.parametrize(
+    ("layout", "neuron"),
+    [(layout, neuron) for layout in LAYOUTS for neuron in NEURONS if layout != "spiking_window" or neuron in PARALLEL],
+)
 def test_every_spiking_linear_and_encoder_runs_once_a_forward_pass(layout, neuron):
     model = spiking_model([layout], neuron=neuron)
     linears, encoders = calls_of(model, SpikingLinear), calls_of(model, SpikeEncoder)
