@@ -8,7 +8,7 @@ OLDER_TRANSFORMERS := 5.19.0
 PYTEST := $(BIN)/python -m pytest -q
 
 .PHONY: help setup demo test check test-transformers sanitize bench test-page test-clients soak soak-training \
-  soak-serving test-eval clean
+  soak-serving test-eval bench-spikes bench-spikes-all clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -80,6 +80,12 @@ test-eval:       ## lm-eval's own backend on a local task, in an environment of 
 	.venv-eval/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-eval/bin/pip install -q torch==$(TORCH)
 	.venv-eval/bin/pip install -q -c constraints/pins.txt -e '.[eval]' pytest
 	.venv-eval/bin/python -m pytest -q tests/eval/lm_eval_hf.py
+
+bench-spikes: setup ## loss against silence, three paired seeds, on the model that make demo left
+	$(BIN)/python benchmarks/spikes.py
+
+bench-spikes-all: setup ## the same, with one seed of every other neuron and the table over k
+	$(BIN)/python benchmarks/spikes.py --all
 
 clean:           ## remove environments and what the demo made
 	rm -rf .venv .venv-* demo-work demo-report

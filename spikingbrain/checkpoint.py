@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from .errors import InputError
 from .files import read_json, write_json
@@ -92,6 +92,9 @@ def _end_chat_turns(directory: Path) -> None:
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model directory."""
+    # Brings in sentencepiece where it is installed.
+    from transformers import AutoTokenizer
+
     directory = _directory(path)
     if not any((directory / name).exists() for name in VOCABULARY_FILES):
         raise InputError(f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")

@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from .checkpoint import load_model, load_tokenizer
+from .energy import Constants, energy_table
 from .errors import InputError
 from .spiking import record_spikes
-from .statistics import recorded_statistics
+from .statistics import read_at_k_3, recorded_statistics, statistics_by_kind, token_kinds
 
 
 def text_files(paths: list[str | Path], pattern: str) -> list[Path]:
@@ -74,3 +75,28 @@ def evaluate(
                 for calls in record.counts.values():
                     calls.clear()
     return {"model": str(path), "loss": total / count, "num_tokens": count, "spikes": statistics}
+
+
+@torch.no_grad()
+def spiking_figures(
+    path: str | Path, files: list[Path], constants: Constants, *, context: int = 256, num_texts: int = 16
+) -> dict[str, Any]:
+    """Energy table, statistics by encoder and by kind of token, and the readings of "sparsity" at k = 3.
+
+    The readings are those of Gaussian noise, Laplace noise and the model's own activations through `adaptive` at k = 3.
+    Raises `InputError` for a model without spikes.
+    """
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    if not getattr(model.config, "spiking", None):
+        raise InputError(f"{path} has no spikes; turn them on with spikingbrain spike")
+    tokenizer.model_max_length = int(1e9)
+    rows = list(pieces(tokenizer, files, context, num_texts * context))
+    if not rows:
+        raise InputError(f"no document has {context + 1} tokens; choose a smaller context")
+    ids = torch.stack(rows)[:, :-1]
+    with record_spikes(model) as record, read_at_k_3(model) as columns:
+        model(input_ids=ids, use_cache=False)
+    statistics = recorded_statistics(model, record)
+    kinds = statistics_by_kind(record, *token_kinds(tokenizer, ids))
+    energy = energy_table(model, statistics, constants)
+    return {"energy": energy, "readings": columns, "kinds": kinds, "statistics": statistics}

@@ -70,6 +70,18 @@ def collect_silence(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def ternary(weight: Tensor) -> Tensor:
+    """`weight [out, in]` with values -a, 0 and a in each row: 0 below 0.7 mean|w|, a the mean of the others.
+
+    Ternary weight networks (arXiv 1605.04711); HitNet (NeurIPS 2018) thresholds its weights likewise. What is ternary
+    already stays as it is.
+    """
+    magnitude = weight.abs()
+    kept = magnitude > 0.7 * magnitude.mean(1, keepdim=True)
+    amplitude = (magnitude * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    return weight.sign() * kept * amplitude
+
+
 @dataclass
 class SpikeRecord:
     """What fired, by the name of the encoder: one entry a forward pass, in order. `code` names the spike code."""

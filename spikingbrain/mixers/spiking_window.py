@@ -29,7 +29,7 @@ class Mixer(sliding_window.Mixer):
     def heads(self, p: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v by head `[B, T, H, D]`, rotated, then quantised."""
         q, k, v = super().heads(p, positions)
-        counts, scale, _ = self.neuron.fire(q)
+        counts, scale, _ = self.neuron(q)
         return (counts * scale).to(q.dtype), quantized(k), quantized(v)
 
 

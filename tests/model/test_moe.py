@@ -19,7 +19,7 @@ from spikingbrain.experts import (
 )
 from spikingbrain.statistics import recorded_statistics
 
-from .conftest import SINKS, VOCABULARY, tiny_config, tiny_model
+from .conftest import SINKS, SPIKING, VOCABULARY, tiny_config, tiny_model
 from .test_mixers import (  # noqa: F401 - the contract, over the model of this file
     test_a_ragged_batch_goes_on_as_each_row_alone,
     test_any_chunking_equals_the_whole,
@@ -36,6 +36,11 @@ TOP2 = {"num_experts": 5, "top_k": 2, "num_shared": 2, "score": "sigmoid"}
 
 def moe_model(moe, **options):
     return tiny_model([SINKS], channel_mixers=["swiglu", "moe", "moe"], moe=moe, **options)
+
+
+@pytest.fixture(params=["dense", "spiking"])
+def spiking(request):
+    return SPIKING[request.param]
 
 
 @pytest.fixture(params=[TOP1, TOP2], ids=["top 1", "top 2"])
@@ -168,7 +173,7 @@ def test_loss_free_balance_moves_the_choice_and_not_the_weights():
     assert router.balance_bias.tolist() == [-0.25, 0.25, 0.25]
     after = router(x)
     assert torch.equal(after.probabilities, before.probabilities)
-    assert torch.equal(after.weights, after.probabilities.gather(1, after.experts))
+    assert torch.allclose(after.weights, after.probabilities.gather(1, after.experts), rtol=1e-6, atol=0)
     assert expert_load(after)[0] < expert_load(before)[0]
 
 

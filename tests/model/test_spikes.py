@@ -6,8 +6,14 @@ from conftest import relative_rms
 
 from spikingbrain import InputError, SpikingBrainConfig, record_spikes, registry
 from spikingbrain.codes import decode, encode
-from spikingbrain.spiking import SpikeEncoder, SpikingLinear
-from spikingbrain.statistics import gaussian_statistics, recorded_statistics, spike_statistics
+from spikingbrain.spiking import SpikeEncoder, SpikeRecord, SpikingLinear, weights_read_by
+from spikingbrain.statistics import (
+    baseline_statistics,
+    readings,
+    recorded_statistics,
+    spike_statistics,
+    statistics_by_kind,
+)
 
 from .conftest import LAYOUTS, VOCABULARY, tiny_model
 
@@ -16,6 +22,7 @@ CODES = registry.names("codes")
 SIGNED_CODES = [name for name in CODES if registry.load("codes", name).SIGNED]
 
 
+LARGEST = 300
 # Their counts are x in units of the scale, rounded, where they fire; others saturate or remember.
 ROUNDING = ["adaptive", "dead_zone", "gif", "int8"]
 PARALLEL = [name for name in NEURONS if registry.load("neurons", name).Neuron(1).parallel]
@@ -79,12 +86,34 @@ def test_adaptive_refuses_k_of_zero():
 @pytest.mark.parametrize("name", CODES)
 def test_codes_are_exact_for_every_count_of_their_range(name):
     code = registry.load("codes", name)
-    counts = torch.arange(-130 if code.SIGNED else 0, 131)
+    counts = torch.arange(-LARGEST if code.SIGNED else 0, LARGEST + 1)
     planes = encode(code, counts)
     assert torch.equal(decode(code, planes), counts)
     assert set(planes.unique().tolist()) <= set(code.SPIKES)
-    assert len(planes) == code.num_steps(130)
-    assert torch.equal(decode(code, encode(code, counts, 140)), counts)
+    assert len(planes) == code.num_steps(LARGEST)
+    # More steps than needed; integers of 64 bits have no place for more than 62.
+    longer = len(planes) + (13 if len(planes) < 50 else 0)
+    assert torch.equal(decode(code, encode(code, counts, longer)), counts)
+    for largest in (1, 2, 7, 8, 127, 128):
+        ends = torch.tensor([-largest, largest] if code.SIGNED else [0, largest])
+        assert torch.equal(decode(code, encode(code, ends)), ends)
+
+
+def test_the_first_step_of_two_s_complement_is_negative():
+    code = registry.load("codes", "twos_complement")
+    assert code.weights(5).tolist() == [-16, 8, 4, 2, 1]
+    planes = encode(code, torch.tensor([5, -5, 0, 1, -8]))
+    assert planes.T.tolist() == [[0, 0, 1, 0, 1], [1, 1, 0, 1, 1], [0] * 5, [0, 0, 0, 0, 1], [1, 1, 0, 0, 0]]
+    for ordinary in (torch.zeros(3), torch.tensor([3, 1, 2])):
+        assert torch.equal(decode(code, encode(code, ordinary)), ordinary.long())
+
+
+def test_time_to_first_spike_fires_once_and_phases_repeat():
+    planes = encode(registry.load("codes", "time_to_first_spike"), torch.tensor([4, -1, 0, 2]))
+    assert planes.T.tolist() == [[1, 0, 0, 0], [0, 0, 0, -1], [0] * 4, [0, 0, 1, 0]]
+    phase = registry.load("codes", "phase")
+    assert phase.weights(10).tolist() == [128, 64, 32, 16, 8, 4, 2, 1, 128, 64]
+    assert len(encode(phase, torch.tensor([256]))) == 16
 
 
 @pytest.mark.parametrize("name", CODES)
@@ -138,8 +167,16 @@ def calls_of(model, kind):
     return calls
 
 
-@pytest.mark.parametrize("neuron", NEURONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("neuron", sorted(set(NEURONS) - set(PARALLEL)))
+def test_quantised_windows_refuse_a_neuron_with_a_memory(neuron):
+    with pytest.raises(InputError, match=f"spiking_window: {neuron} has a memory"):
+        spiking_model(["spiking_window"], neuron=neuron)
+
+
+@pytest.mark.parametrize(
+    ("layout", "neuron"),
+    [(layout, neuron) for layout in LAYOUTS for neuron in NEURONS if layout != "spiking_window" or neuron in PARALLEL],
+)
 def test_every_spiking_linear_and_encoder_runs_once_a_forward_pass(layout, neuron):
     model = spiking_model([layout], neuron=neuron)
     linears, encoders = calls_of(model, SpikingLinear), calls_of(model, SpikeEncoder)
@@ -194,10 +231,35 @@ def test_statistics_are_what_their_names_say():
     }
 
 
-def test_gaussian_noise_at_k_3_is_silent_in_a_tenth_of_its_channels():
-    figures = gaussian_statistics(SpikeEncoder({"neuron": "adaptive", "params": {"k": 3.0}}, 1024), "bitwise")
-    assert figures["silent_channels"] == pytest.approx(0.106, abs=0.002)
-    assert figures["mean_spikes"] == pytest.approx(3.0, abs=0.01)
+def test_noise_at_k_3_is_silent_in_a_tenth_to_a_seventh_of_its_channels():
+    figures = baseline_statistics(SpikeEncoder({"neuron": "adaptive", "params": {"k": 3.0}}, 1024), "bitwise")
+    # Rounding an exponential of mean 3 gives 1 / (2 sinh(1 / 6)) on average.
+    for name, silent, mean, sent in (("gaussian", 0.106, 3.0, 1.30), ("laplace", 0.153, 2.986, 1.22)):
+        assert figures[name]["silent_channels"] == pytest.approx(silent, abs=0.002)
+        assert figures[name]["mean_spikes"] == pytest.approx(mean, abs=0.01)
+        assert figures[name]["spikes_per_channel"] == pytest.approx(sent, abs=0.01)
+
+
+def test_the_readings_of_sparsity_differ_on_the_same_counts():
+    figures = readings(torch.tensor([[0, 1, -3, 4]]))
+    assert figures == {
+        "silent channels (zero counts)": 0.25,
+        "mean |count|": 2.0,
+        "mean spikes a channel (bitwise)": 1.0,
+        "1 - mean / 3": 1 - 1 / 3,
+        "1 - mean / 4": 0.75,
+        "slots the tensor needs (T)": 3,
+        "empty slots at that T": 1 - 4 / 12,
+    }
+
+
+def test_statistics_by_kind_of_token_are_those_of_its_tokens():
+    record = SpikeRecord("bitwise", {"one": [torch.tensor([[[0, 2], [0, 0], [4, 1]]])]})
+    figures = statistics_by_kind(record, torch.tensor([[0, 2, 0]]), ["word", "number", "space"])
+    assert figures == {
+        "word": {"tokens": 2, "silent_channels": 0.25, "mean_spikes": 1.75},
+        "space": {"tokens": 1, "silent_channels": 1.0, "mean_spikes": 0.0},
+    }
 
 
 @torch.no_grad()
@@ -213,5 +275,9 @@ def test_recorded_statistics_count_synaptic_operations_by_hand():
         reached = sum(p.out_features for p in block.projections.values() if p.source == name.rpartition(".")[2])
         expected += float(planes.count_nonzero()) * reached / 8
     assert figures["synaptic_operations_per_token"] == pytest.approx(expected)
+    weights = weights_read_by(model)
+    unread = sum(weights[name] * float((counts == 0).float().mean()) for name, (counts,) in record.counts.items())
+    assert figures["unread_weights"] == pytest.approx(unread / sum(weights.values()))
+    assert sum(figures["encoders"]["model.layers.1.mlp.encoders.mixed"]["histogram"]) == pytest.approx(1.0)
     projections = [p for layer in model.model.layers for b in (layer.mixer, layer.mlp) for p in b.projections.values()]
     assert figures["dense_operations_per_token"] == sum(p.in_features * p.out_features for p in projections)

@@ -7,8 +7,7 @@ import torch
 from conftest import relative_rms
 from safetensors.torch import load_file
 
-from spikingbrain import InputError
-from spikingbrain import convert as convert_module
+from spikingbrain import InputError, checkpoint
 from spikingbrain.checkpoint import load_model
 from spikingbrain.cli import main
 from spikingbrain.experts import routers
@@ -64,7 +63,7 @@ def test_the_papers_scale_is_off_by_what_its_report_says(dense, tmp_path):
 
 
 def test_every_tensor_is_copied_scaled_or_reported_as_new(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_module, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, "MIN_SHARD_BYTES", 20_000)
     report = upcycle(tmp_path / "dense", tmp_path / "moe", MOE, scale="exact", layers=[1])
     files = list((tmp_path / "moe").glob("*.safetensors"))
     assert len(files) > 2

@@ -3,6 +3,7 @@
 python -m tests.serving.clients PYTHON
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,8 @@ responses = ChatOpenAI(max_tokens=8, use_responses_api=True, **base).invoke("doe
 assert responses.usage_metadata["output_tokens"] == 8, responses
 assert OpenAI(max_tokens=8, **base).invoke("a")
 """
+# litellm would ask the internet for prices.
+NO_DOWNLOADS = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 CURL = (
     "curl",
     "-sfN",
@@ -62,7 +65,7 @@ def main() -> None:
         with serving(model, max_model_len=5000) as server:
             base = f"{server.url}/v1"
             for name, script in (("litellm", LITELLM), ("langchain-openai", LANGCHAIN)):
-                subprocess.run([python, "-c", script, base], check=True, timeout=300)
+                subprocess.run([python, "-c", script, base], check=True, timeout=300, env=NO_DOWNLOADS)
                 sys.stdout.write(f"{name}: well\n")
             answer = subprocess.run([*CURL, f"{base}/completions"], check=True, capture_output=True, text=True)
             if not answer.stdout.endswith("data: [DONE]\n\n"):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from spikingbrain import registry
 from spikingbrain_serving import LLM, Extras, SamplingParams
 from spikingbrain_serving.state_file import StoredState, read_state, write_state
 
@@ -13,7 +14,7 @@ from .test_engine import drain, tokens_of
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 TWELVE = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-FAMILIES = ["gla", "sliding_window", "gla+sliding_window", "softmax"]
+MIXERS = [*registry.names("mixers"), "gla+sliding_window"]
 SETTINGS = {
     "one slot, preempted every 3 tokens": {"max_num_seqs": 1, "preempt_after": 3},
     "two slots, chunks of 5, preempted every 4": {"max_num_seqs": 2, "max_num_batched_tokens": 5, "preempt_after": 4},
@@ -43,7 +44,7 @@ def test_tokens_are_those_of_generate(model_dir, prompt_tokens, reference, setti
         assert llm.engine.stats.preemptions > 4
 
 
-@pytest.mark.parametrize("mixer", FAMILIES)
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_survives_preemption_and_reuse(tmp_path, tokenizer, prompt_tokens, mixer):
     path = save_model(tmp_path / "model", tokenizer, mixers=[mixer], num_hidden_layers=2)
     expected = generate(path, prompt_tokens, 12, ignore_eos=True)

@@ -35,7 +35,7 @@ def file(make_config, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("optim.lrr=1", "unknown key optim.lrr; there are lr, new_lr, betas"),
+        ("optim.lrr=1", "unknown key optim.lrr; there are lr, new_lr, neuron_lr, betas"),
         ("speed=fast", "unknown key speed; there are out, stage, model"),
         ("steps=many", "steps: .*integer"),
         ("steps", "'steps' is no setting; write a.b=c"),

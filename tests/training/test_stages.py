@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from spikingbrain.errors import InputError
-from spikingbrain.spiking import SpikeEncoder
+from spikingbrain.spiking import SpikeEncoder, collect_silence
 from spikingbrain_training.config import Loss
 from spikingbrain_training.data import IGNORED, TokenDataset
-from spikingbrain_training.stages import make_student, make_teacher, stage_loss
+from spikingbrain_training.stages import make_student, make_teacher, stage_loss, step_loss
 
 from .conftest import LENGTH, SIZES
 
@@ -99,3 +99,35 @@ def test_a_model_from_scratch_is_a_function_of_the_seed(make_config, tmp_path):
     weight = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(one.state_dict()[weight], same.state_dict()[weight])
     assert not torch.equal(one.state_dict()[weight], other.state_dict()[weight])
+
+
+def test_pressure_is_the_share_of_silence_that_is_missing_and_rises_with_the_steps(make_config, ours, batch):
+    config = make_config(
+        stage="spike",
+        spiking={"neuron": "dead_zone", "params": {"theta": 0.4}, "code": "bitwise"},
+        silence={"target": 0.9, "weight": 2.0, "ramp": 0.5},
+        model={"init_from": str(ours)},
+        steps=10,
+    )
+    assert [config.silence.wanted(step, 10) for step in (0, 4, 9)] == pytest.approx([0.18, 0.9, 0.9])
+    student = make_student(config)
+    with collect_silence(student) as shares:
+        plain = stage_loss(student, None, batch, config.loss)
+    share = float(torch.stack(shares).sum())
+    assert 0.18 < share < 0.9
+    loss, pressure = step_loss(student, None, batch, config, 9)
+    assert float(loss) == float(plain)
+    assert float(pressure) == pytest.approx(2.0 * (0.9 - share) * batch.num_targets)
+    assert float(step_loss(student, None, batch, config, 0)[1]) == 0.0
+    pressure.backward()
+    thetas = [p for name, p in student.named_parameters() if name.endswith("neuron.theta")]
+    assert thetas
+    assert all(bool(p.grad.any()) for p in thetas)
+
+
+def test_a_target_of_silence_needs_a_neuron_that_can_learn_it(make_config, ours):
+    model = {"init_from": str(ours)}
+    with pytest.raises(InputError, match="choose from dead_zone"):
+        make_student(make_config(stage="spike", spiking=SPIKING, silence={"target": 0.5}, model=model))
+    with pytest.raises(ValueError, match="silence belongs to stage spike"):
+        make_config(silence={"target": 0.5}, model=model)
