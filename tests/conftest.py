@@ -1,5 +1,7 @@
 """What all tests share: seeds, quiet uninitialised memory, and the one way errors are measured."""
 
+import signal
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,3 +26,11 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible():
+    """Commands that the tests start can be interrupted, even where these tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
