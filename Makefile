@@ -4,8 +4,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 OLDER_TRANSFORMERS := 5.19.0
-# Tests of several processes and timings of the demo must not see a thread pool larger than the machine.
 PYTEST := $(BIN)/python -m pytest -q
+# Two workers with one thread each: the models are too small for a second thread to gain anything.
+SUITE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 .PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench bench-spikes \
   bench-spikes-all soak soak-training soak-serving clean
@@ -34,7 +35,7 @@ demo: setup      ## the whole way: base, conversion, training, spikes, server, r
 	$(BIN)/spikingbrain demo
 
 test: setup check ## everything CI runs
-	$(PYTEST) tests
+	$(SUITE) tests
 
 check: setup     ## lint, types, import rule
 	$(BIN)/ruff check .

@@ -157,7 +157,11 @@ def checks(figures: dict[str, Any], *, own_base: bool) -> list[dict[str, Any]]:
             f"{answers['num_tokens_compared']} tokens",
             answers["tokens_equal_generate"],
         ),
-        ("streamed text equals the whole", "", answers["streamed_equals_whole"]),
+        (
+            "streamed text equals the whole",
+            "yes" if answers["streamed_equals_whole"] else "no",
+            answers["streamed_equals_whole"],
+        ),
         ("state bytes do not grow with the sequence", f"{max(sizes):,} bytes", len(sizes) == 1),
         ("the server ends cleanly on SIGTERM", f"exit code {answers['exit_code']}", answers["exit_code"] == 0),
     ]
