@@ -8,6 +8,7 @@ to the bit, and so the last checkpoint; every sample of every step is read once 
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -34,7 +35,7 @@ from spikingbrain_training.build import build
 from spikingbrain_training.config import TrainConfig
 from spikingbrain_training.run import begin_run
 
-STEPS, SEQUENCES, RANKS = 40, 4, 2
+STEPS, SEQUENCES, RANKS = 120, 4, 2
 
 
 def make_inputs(work: Path) -> None:
@@ -71,30 +72,33 @@ def settings(work: Path, name: str) -> TrainConfig:
     )
 
 
-def attempt(config: TrainConfig, kill_after: float, in_write: bool) -> int:
-    """Train until killed; `in_write`: inside the first write of a checkpoint after that time. 0: came to the end."""
-    begun, numbers, original = time.monotonic(), config.out.parent / "numbers.jsonl", training.step_batches
+def attempt(config: TrainConfig, kill_after: float, in_write: bool) -> float:
+    """Train until killed, so many seconds after the first step began, or inside the next write of a checkpoint.
+
+    Returns the seconds from the first step to the end.
+    """
+    begun, numbers, original = [], config.out.parent / "numbers.jsonl", training.step_batches
     writing = checkpoint.save_file
 
     def step_batches(dataset: Any, config: TrainConfig, step: int, world: Any) -> Any:
+        if not begun:
+            begun.append(time.monotonic())
+            if not in_write and math.isfinite(kill_after):
+                Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
         first = step * SEQUENCES + world.rank * SEQUENCES // RANKS
         with numbers.open("a") as file:
             file.write(json.dumps([step, world.rank, list(range(first, first + SEQUENCES // RANKS))]) + "\n")
         return original(dataset, config, step, world)
 
     def save_file(tensors: Any, file: Path) -> None:
-        if in_write and time.monotonic() - begun > kill_after:
+        if in_write and time.monotonic() - begun[0] > kill_after:
             file.write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
         writing(tensors, file)
 
     training.step_batches, checkpoint.save_file = step_batches, save_file
-    if not in_write:
-        timer = Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL))
-        timer.daemon = True
-        timer.start()
     training.train(config)
-    return 0
+    return time.monotonic() - begun[0]
 
 
 def losses(run: Path) -> list[float]:
@@ -108,13 +112,13 @@ def samples_once(numbers: Path) -> bool:
     return sorted(number for seen in last.values() for number in seen) == list(range(STEPS * SEQUENCES))
 
 
-def _came_to_the_end(config: TrainConfig, kill_after: float, in_write: bool) -> bool:
+def _seconds_to_the_end(config: TrainConfig, kill_after: float, in_write: bool) -> float | None:
     try:
-        return run_ranks(RANKS, attempt, config, kill_after, in_write) == [0] * RANKS
+        return run_ranks(RANKS, attempt, config, kill_after, in_write)[0]
     except AssertionError as failed:
         # A rank that outlives another one fails in its next collective.
         sys.stderr.write(f"{str(failed).splitlines()[-1]}\n")
-        return False
+        return None
 
 
 def soak(work: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -122,23 +126,23 @@ def soak(work: Path, kills: int, seed: int) -> dict[str, Any]:
     make_inputs(work)
     whole, broken = settings(work, "whole"), settings(work, "broken")
     begin_run(whole)
-    begun = time.monotonic()
-    assert run_ranks(RANKS, attempt, whole, 1e6, False) == [0] * RANKS
-    seconds = time.monotonic() - begun
+    seconds = _seconds_to_the_end(whole, math.inf, False)
+    assert seconds, "the run that nothing stops did not come to its end"
     (work / "numbers.jsonl").unlink()
     chance, died, in_writes, resumed = random.Random(seed), 0, 0, []
     while not (broken.out / "model").exists():
         resumed.append(begin_run(broken))
-        in_write = chance.random() < 0.5
-        # Less than half a run, so that it takes all the kills to come to the end; then it is left alone.
-        moment = chance.uniform(0.05, 0.4) * seconds if died < kills else 1e6
-        killed = not _came_to_the_end(broken, moment, in_write and died < kills)
+        in_write = died < kills and chance.random() < 0.5
+        # All kills together take less than the run, so that it cannot end before the last one.
+        moment = chance.uniform(0, seconds / kills) if died < kills else math.inf
+        killed = _seconds_to_the_end(broken, moment, in_write) is None
         died += killed
         in_writes += killed and in_write
     last = [checkpoint.Reader(config.out, STEPS) for config in (whole, broken)]
     held = [[reader.whole(part, name) for name in last[0].shapes for part in checkpoint.PARTS] for reader in last]
     return {
         "kills": died,
+        "all_kills_came": died == kills,
         "inside_a_checkpoint_write": in_writes,
         "resumed_from": [line.split("from step ")[1].split(" ")[0] for line in resumed if "from step" in line],
         "losses_bitwise_equal": losses(whole.out) == losses(broken.out),

@@ -89,18 +89,22 @@ def combine(rows: Tensor, groups: Groups, weights: Tensor) -> Tensor:
     return (by_token * weights[..., None].to(rows.dtype)).sum(1)
 
 
-def balance_loss(routing: Routing, num_sequences: int) -> Tensor:
+def choices(routing: Routing, rows: Tensor, num_rows: int) -> Tensor:
+    """How many choices of the tokens of each row went to each expert `[S, E]`; `rows [N]`: which one a token is of."""
+    chosen = torch.nn.functional.one_hot(routing.experts, routing.probabilities.shape[-1]).sum(1)
+    return chosen.new_zeros(num_rows, chosen.shape[1]).index_add(0, rows, chosen)
+
+
+def balance_loss(routing: Routing, rows: Tensor, chosen: Tensor) -> Tensor:
     """What uneven use of the experts costs, summed over tokens: 1 a token where use is even.
 
-    For each sequence of T tokens T E sum_e f_e P_e, where f_e is the share of its choices that went to expert e and P_e
+    For each row of T tokens T E sum_e f_e P_e, where f_e is the share of its choices that went to expert e and P_e
     the mean probability (arXiv 2101.03961, eq. 4; per sequence as in 2412.19437, eq. 17, so that a batch may be divided
-    between processes and steps in any way).
+    between processes and steps in any way). `rows [N]`: which row a token is of; `chosen [S, E]` of the whole rows, of
+    which `routing` may be a part: the losses of parts add up.
     """
-    probabilities = routing.probabilities.unflatten(0, (num_sequences, -1))
-    num_experts = probabilities.shape[-1]
-    chosen = torch.nn.functional.one_hot(routing.experts, num_experts).sum(1).unflatten(0, (num_sequences, -1))
-    share = chosen.sum(1) / chosen.sum((1, 2))[:, None]
-    return num_experts * (share * probabilities.sum(1)).sum()
+    share = chosen / chosen.sum(1, keepdim=True)
+    return chosen.shape[1] * (share[rows] * routing.probabilities).sum()
 
 
 def expert_load(routing: Routing) -> Tensor:

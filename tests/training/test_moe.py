@@ -62,8 +62,8 @@ def test_loss_and_balance_do_not_depend_on_how_a_batch_is_divided(make_base, con
     base = make_base(aux_loss=0.3, bias_rate=0.02)
     options = {"model": {"init_from": str(base)}, "steps": 4, "optim": {"lr": 5e-3}}
     seen = []
-    for name, ranks, micro in (("whole", 1, 4), ("divided", 1, 1), ("two", 2, 2)):
-        config = configure(tmp_path / name, **options, batch={"micro": micro})
+    for name, ranks, micro, pieces in (("whole", 1, 4, 1), ("divided", 1, 1, 1), ("two", 2, 2, 1), ("cut", 2, 4, 2)):
+        config = configure(tmp_path / name, **options, batch={"micro": micro}, parallel={"sequence": pieces})
         runs.train(ranks, config)
         seen.append(runs.rows(config.out))
     for rows in seen[1:]:

@@ -8,23 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spikingbrain.experts import Routing, balance_loss, expert_load, routers, shift_balance_
+from spikingbrain.experts import Routing, balance_loss, choices, expert_load, routers, shift_balance_
 
+from .collectives import summed
+from .data import Batch
 from .distributed import World, total
+from .sequence import Piece
 
 Record = dict[str, list[Routing]]
 
 
-def loss(model: nn.Module, record: Record, num_sequences: int) -> Tensor | float:
-    """The weighted balance loss of a batch in nats, summed over its tokens and layers.
-
-    With sequence parallelism each rank's piece counts as a sequence.
-    """
-    terms = [
-        router.moe["aux_loss"] * balance_loss(record[name][0], num_sequences)
-        for name, router in routers(model).items()
-        if router.moe["aux_loss"]
-    ]
+def loss(model: nn.Module, record: Record, batch: Batch | Piece) -> Tensor | float:
+    """The weighted balance loss of a batch in nats, summed over its tokens and layers; a piece has its share of it."""
+    rows, terms = batch.rows, []
+    for name, router in routers(model).items():
+        if router.moe["aux_loss"]:
+            (routing,) = record[name]
+            chosen = choices(routing, rows, batch.num_rows)
+            whole = summed(chosen, batch.group) if isinstance(batch, Piece) else chosen
+            terms.append(router.moe["aux_loss"] * balance_loss(routing, rows, whole))
     return torch.stack(terms).sum() if terms else 0.0
 
 
@@ -46,7 +48,11 @@ class Sums(NamedTuple):
         """With one batch more."""
         loads = [expert_load(routing).cpu() for (routing,) in record.values()]
         more = torch.stack(loads) if loads else 0
-        return Sums(self.loss + float(loss.detach()), self.unevenness + float(unevenness), self.loads + more)
+        return Sums(
+            self.loss + float(loss.detach()),
+            self.unevenness + float(torch.as_tensor(unevenness).detach()),
+            self.loads + more,
+        )
 
     def over_processes(self, world: World) -> "Sums":
         """Summed over all of them."""

@@ -37,6 +37,16 @@ class Batch(NamedTuple):
         return int((self.labels != IGNORED).sum())
 
     @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.inputs)
+
+    @property
+    def rows(self) -> Tensor:
+        """Which row each token is of `[B T]`."""
+        return torch.arange(self.num_rows, device=self.inputs.device).repeat_interleave(self.inputs.shape[1])
+
+    @property
     def cu_seqlens(self) -> Tensor:
         """Where documents begin in the flattened rows, and their end: int32 `[N + 1]`."""
         starts = self.positions.clone()

@@ -25,24 +25,33 @@ STATE_BYTES = 4
 class Piece(NamedTuple):
     """A rank's part of a packed row. `cu_seqlens`, `positions [1, T]`: of the whole row; `batch`: this rank's tokens.
 
-    `scan`: how composed states travel, by `all_gather` or `pipelined`.
+    `num_rows`: how many rows of a batch were laid end to end; `scan`: how composed states travel, by `all_gather` or
+    `pipelined`.
     """
 
     group: Group
     batch: Batch
     cu_seqlens: Tensor
     positions: Tensor
+    num_rows: int
     scan: str = "all_gather"
 
     def to(self, device: torch.device) -> "Piece":
         """The same on `device`."""
         row = (self.cu_seqlens.to(device), self.positions.to(device))
-        return Piece(self.group, self.batch.to(device), *row, self.scan)
+        return Piece(self.group, self.batch.to(device), *row, self.num_rows, self.scan)
 
     @property
     def labels(self) -> Tensor:
         """`[1, T / P]`."""
         return self.batch.labels
+
+    @property
+    def rows(self) -> Tensor:
+        """Which row of the batch each token of the piece is of `[T / P]`."""
+        length = self.positions.shape[1]
+        here = torch.arange(self.labels.shape[1], device=self.labels.device)
+        return (here + self.group.rank * length // self.group.size) * self.num_rows // length
 
     @property
     def num_targets(self) -> int:
@@ -67,7 +76,7 @@ def cut(batch: Batch, group: Group, scan: str = "all_gather") -> Piece:
     if length % group.size:
         raise ValueError(f"{length} tokens cannot be cut into {group.size} equal pieces")
     here = slice(group.rank * length // group.size, (group.rank + 1) * length // group.size)
-    return Piece(group, Batch(*(part[:, here] for part in row)), batch.cu_seqlens, row.positions, scan)
+    return Piece(group, Batch(*(part[:, here] for part in row)), batch.cu_seqlens, row.positions, batch.num_rows, scan)
 
 
 class StatesAcrossRanks:

@@ -127,7 +127,7 @@ def train_step(
         with context as seen, record_routing(engine.module) as record:
             loss, pressure = again()
         _require_finite(loss, engine, again, step, world)
-        unevenness = balance.loss(engine.module, record, len(batch.labels))
+        unevenness = balance.loss(engine.module, record, batch)
         # DeepSpeed divides by the number of micro batches and of processes; the loss is divided by tokens only.
         engine.backward((loss + unevenness + pressure) * (len(batches) * world.size / targets))
         norm = distributed.take_step(engine)
