@@ -1,5 +1,6 @@
 """Between what others released and directories that AutoModel loads, both ways."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from . import registry
 from .checkpoint import ShardWriter, copy_tokenizer, load_config, load_model
 from .config import SpikingBrainConfig
 from .errors import InputError
-from .families import recognise
+from .families import recognise, their_name
 from .files import new_directory, read_json, write_json
 
 STUB = "modeling_spikingbrain.py"
@@ -50,14 +51,18 @@ def import_release(src: str | Path, out: str | Path, *, down_proj: str | None = 
         config.architectures = [family.ForCausalLM.__name__]
         config.save_pretrained(directory)
         copy_tokenizer(src, directory)
-        _require_fit(directory)
+        _require_fit(directory, src, family)
     return name
 
 
-def _require_fit(directory: Path) -> None:
-    """Load the directory without its numbers: what does not fit is named by the loader itself."""
-    load_config(directory)
-    AutoModelForCausalLM.from_pretrained(directory, device_map={"": "meta"}, local_files_only=True)
+def _require_fit(directory: Path, src: str | Path, family: Any) -> None:
+    """Load the directory without its numbers: the loader says what does not fit, here by the names in `src`."""
+    try:
+        load_config(directory)
+        AutoModelForCausalLM.from_pretrained(directory, device_map={"": "meta"}, local_files_only=True)
+    except InputError as error:
+        said = str(error).replace(str(directory), str(src))
+        raise InputError(re.sub(r"[\w.]+", lambda name: their_name(family.NAMES, name[0]), said)) from None
 
 
 def export(path: str | Path, out: str | Path, family: str | None = None) -> None:

@@ -1,6 +1,7 @@
 """Released checkpoints become AutoModel directories and go back; the command line does both."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from spikingbrain.quantization import QuantizedLinear
 from . import w8aspike_reference
 from .conftest import tiny_model
 from .test_golden import GOLDEN as SPIKINGBRAIN
+from .test_golden_families import GOLDEN
 
 LIMIT = 1e-3
 SIZES = {"vocab_size": 61, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
@@ -142,7 +144,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
     ("change", "message"),
     [
         (lambda t: t.update({f"{UP}s": t.pop(UP)}), rf"{UP}_quantizer.scales has no weight"),
-        (lambda t: t.pop("model.layers.1.attn.q_proj.bias"), r"missing: model.layers.1.mixer.q_proj.bias"),
+        (lambda t: t.pop("model.layers.1.attn.q_proj.bias"), r"missing: model.layers.1.attn.q_proj.bias"),
         (lambda t: t.update({"model.extra": torch.ones(2)}), "unexpected: model.extra"),
         (
             lambda t: t.update({f"{UP}_quantizer.scales": torch.ones(256, 2, 1)}),
@@ -160,11 +162,50 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path, ch
     assert [path.name for path in tmp_path.iterdir()] == ["release"]
 
 
-def test_spikingbrain_7b_is_imported_and_exported_to_the_bit(tmp_path):
-    assert main(["import", str(SPIKINGBRAIN), str(tmp_path / "in")]) == 0
-    assert main(["export", str(tmp_path / "in"), str(tmp_path / "out"), "--family", "gla_swa"]) == 0
-    assert same(tmp_path / "in", SPIKINGBRAIN)
-    assert same(tmp_path / "out", SPIKINGBRAIN)
+def tensors_of(path):
+    """The tensors of a released file or of a directory of ours."""
+    pth = path if path.suffix == ".pth" else path / "model.pth"
+    return torch.load(pth, weights_only=True) if pth.exists() else load_file(path / "model.safetensors")
+
+
+RELEASES = {"gla_swa": SPIKINGBRAIN, "metala": GOLDEN / "metala", "spikegpt": GOLDEN / "spikegpt" / "model.pth"}
+
+
+@pytest.mark.parametrize("family", RELEASES)
+def test_a_release_comes_in_and_goes_out_by_the_commands_to_the_bit(tmp_path, family):
+    assert main(["import", str(RELEASES[family]), str(tmp_path / "in")]) == 0
+    assert main(["export", str(tmp_path / "in"), str(tmp_path / "out"), "--family", family]) == 0
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "again")]) == 0
+    for ours, theirs in (("out", RELEASES[family]), ("again", tmp_path / "in")):
+        expected, found = tensors_of(theirs), tensors_of(tmp_path / ours)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+CHANGES = {
+    "renamed": lambda tensors, name: tensors.update({f"{name}x": tensors.pop(name)}),
+    "missing": lambda tensors, name: tensors.pop(name),
+    "extra": lambda tensors, name: tensors.update({f"{name}x": tensors[name].clone()}),
+    "other shape": lambda tensors, name: tensors.update({name: tensors[name][:-1].clone()}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("family", RELEASES)
+def test_the_command_names_a_tensor_that_does_not_fit(tmp_path, capsys, family, change):
+    source, release = RELEASES[family], tmp_path / RELEASES[family].name
+    tensors = tensors_of(source)
+    name = next(name for name in sorted(tensors) if name.endswith("weight") and "1." in name)
+    CHANGES[change](tensors, name)
+    if source.suffix == ".pth":
+        torch.save(tensors, release)
+    else:
+        shutil.copytree(source, release)
+        save_file(tensors, release / "model.safetensors", metadata={"format": "pt"})
+    assert main(["import", str(release), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert name in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_ours_goes_out_under_a_family_that_can_express_it(tmp_path):

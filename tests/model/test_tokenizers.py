@@ -3,8 +3,16 @@
 import json
 
 import pytest
+import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from spikingbrain.checkpoint import load_model, load_tokenizer
 from spikingbrain.convert import convert
@@ -33,23 +41,52 @@ def save_fast(path):
     fast.save_pretrained(path)
 
 
-SAVE = {"fast": save_fast}
+def save_sentencepiece(path):
+    """A sentencepiece `tokenizer.model` as Llama's, trained here."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 20),
+        model_prefix=str(path / "tokenizer"),
+        vocab_size=90,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (path / "tokenizer.vocab").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+
+
+def save_qwen2(path):
+    """The class that AutoTokenizer makes of a Qwen2 directory, with its own rules for words."""
+    save_fast(path)
+    AutoTokenizer.from_pretrained(path).save_pretrained(path)
+
+
+SAVE = {
+    "fast": (LlamaConfig, LlamaForCausalLM, save_fast),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, save_qwen2),
+    "sentencepiece": (LlamaConfig, LlamaForCausalLM, save_sentencepiece),
+}
 
 
 @pytest.fixture(params=SAVE)
 def base(request, tmp_path):
-    """A Qwen2 base with a tokenizer; its generation config ends at <|endoftext|> only."""
+    """A base with a tokenizer; its generation config ends at <|endoftext|> only."""
+    make_config, make_model, save = SAVE[request.param]
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Qwen2Config(vocab_size=320, num_key_value_heads=1, eos_token_id=0, max_position_embeddings=128, **sizes)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
-    SAVE[request.param](tmp_path / "base")
+    config = make_config(vocab_size=320, num_key_value_heads=1, eos_token_id=0, max_position_embeddings=128, **sizes)
+    make_model(config).save_pretrained(tmp_path / "base")
+    save(tmp_path / "base")
     return tmp_path / "base"
 
 
 def test_ids_are_equal_after_convert_save_load_and_serve(base, tmp_path):
-    original = PreTrainedTokenizerFast.from_pretrained(base)
+    original = AutoTokenizer.from_pretrained(base)
     expected = [original.encode(text) for text in TEXTS]
+    assert len(set(map(tuple, expected))) == len(TEXTS)
     convert(base, tmp_path / "out", ["gla", "sliding_window"])
+    if (base / "tokenizer.model").exists():
+        assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
     export(tmp_path / "out", tmp_path / "exported")
     load_tokenizer(tmp_path / "exported").save_pretrained(tmp_path / "exported")
     for path in ("out", "exported"):
