@@ -14,7 +14,6 @@ from spikingbrain.lif import LIF
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LIMIT = 1e-4
-GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module", params=["metala", "spikegpt"])
@@ -149,26 +148,6 @@ def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(name, directory, k
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_generate_with_and_without_a_cache_padded_in_beams_and_continued(model):
-    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    for options in ({}, {"num_beams": 3}):
-        cached = model.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY, **options)
-        plain = model.generate(ids, attention_mask=mask, max_new_tokens=8, use_cache=False, **GREEDY, **options)
-        assert torch.equal(cached, plain)
-    alone = model.generate(ids[1:, 4:], max_new_tokens=8, **GREEDY)
-    batch = model.generate(ids, attention_mask=mask, max_new_tokens=8, return_dict_in_generate=True, **GREEDY)
-    assert torch.equal(batch.sequences[1, 9:], alone[0, 5:])
-    longer = torch.cat([batch.sequences, ids[:, :3]], 1)
-    longer_mask = torch.cat([mask, torch.ones(2, 11, dtype=torch.long)], 1)
-    options = {"attention_mask": longer_mask, "max_new_tokens": 5, **GREEDY}
-    goes_on = model.generate(longer, past_key_values=batch.past_key_values, **options)
-    assert torch.equal(goes_on, model.generate(longer, **options))
-    with pytest.raises(ValueError, match="stateful"):
-        model.generate(ids, assistant_model=model, max_new_tokens=2, **GREEDY)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """A run's directory: what lies where, and how a run or one of its checkpoints is named."""
 
-import shutil
 from pathlib import Path
 
-from spikingbrain.checkpoint import TOKENIZER_FILES
 from spikingbrain.errors import InputError
 
 from . import checkpoint
@@ -37,10 +35,3 @@ def named_step(name: str | Path) -> tuple[Path, int]:
         raise InputError(f"{run} has no checkpoint of step {wanted}; there are {', '.join(map(str, steps)) or 'none'}")
     checkpoint.verify(run / "checkpoints" / f"step-{wanted}")
     return run, int(wanted)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """The tokenizer's files that `target` lacks."""
-    for name in TOKENIZER_FILES:
-        if (source / name).exists() and not (target / name).exists():
-            shutil.copy(source / name, target / name)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from spikingbrain.checkpoint import load_config
+from spikingbrain.checkpoint import copy_tokenizer, load_config
 from spikingbrain.files import new_directory, read_json, write_json
 
 from . import checkpoint
 from .config import TrainConfig
-from .directory import ARCHITECTURE, CONFIG, METRICS, START, copy_tokenizer
+from .directory import ARCHITECTURE, CONFIG, METRICS, START
 
 
 def export(run: Path, step: int, out: Path) -> None:
