@@ -3,12 +3,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
+PEAK_TFLOPS ?= 989
 OLDER_TRANSFORMERS := 5.19.0
 PYTEST := $(BIN)/python -m pytest -q
 # Two workers with one thread each: the models are too small for a second thread to gain anything.
 SUITE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
-.PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench bench-spikes \
+.PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench bench-train-gpu bench-spikes \
   bench-spikes-all soak soak-training soak-serving clean
 
 help:            ## list the targets
@@ -58,6 +59,10 @@ sanitize:        ## the native kernels under AddressSanitizer and UndefinedBehav
 
 bench: setup     ## figures of this machine and of peers on it
 	for suite in memory ops decode prefill; do $(BIN)/spikingbrain bench $$suite || exit 1; done
+
+bench-train-gpu: setup ## true MFU of training on one GPU, and how flat it is over lengths: PEAK_TFLOPS=989
+	$(BIN)/python benchmarks/train_gpu.py --peak-tflops $(PEAK_TFLOPS)
+
 soak: soak-training soak-serving ## everything that takes long
 
 soak-training: setup ## kill a run twenty times, inside checkpoint writes too, and compare it with one that was not
