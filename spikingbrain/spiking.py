@@ -49,22 +49,41 @@ def weights_read_by(model: nn.Module) -> dict[str, int]:
     return sizes
 
 
-@contextlib.contextmanager
-def collect_silence(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect, while the block runs, what each encoder adds to the share of weights that need not be read.
+@dataclass
+class Silence:
+    """`channels`: the share of silent channels in each call of an encoder; `weights`: how many its tokens stand for."""
 
-    The sum over the list is the differentiable share of one forward pass. The model's neurons have `silence(x)`.
+    channels: list[Tensor] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
+
+    def share(self) -> Tensor:
+        """The share of weights that need not be read, differentiable. Every token counts what it would read."""
+        total = sum(self.weights)
+        parts = [share * (size / total) for share, size in zip(self.channels, self.weights, strict=True)]
+        return torch.stack(parts).sum()
+
+
+@contextlib.contextmanager
+def collect_silence(model: nn.Module) -> Iterator[Silence]:
+    """Collect the silence of every encoder while the block runs. The model's neurons have `silence(x)`.
+
+    An encoder without tokens, as in an expert that none was sent to, has no part in it.
     """
-    shares: list[Tensor] = []
+    silence = Silence()
     sizes = weights_read_by(model)
-    total = sum(sizes.values())
 
     def listen(name: str):
-        return lambda module, inputs: shares.append(module.neuron.silence(inputs[0]) * (sizes[name] / total))
+        def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens = inputs[0].shape[:-1].numel()
+            if tokens:
+                silence.channels.append(module.neuron.silence(inputs[0]))  # type: ignore[operator, union-attr]
+                silence.weights.append(tokens * sizes[name])
+
+        return see
 
     handles = [encoder.register_forward_pre_hook(listen(name)) for name, encoder in encoders(model).items()]
     try:
-        yield shares
+        yield silence
     finally:
         for handle in handles:
             handle.remove()

@@ -52,9 +52,9 @@ def test_calibration_leaves_gradients_and_weights_alone(model, rows):
 
 
 def test_the_collected_silence_is_the_recorded_one_and_trains_thresholds(model, rows):
-    with collect_silence(model) as shares:
+    with collect_silence(model) as silence:
         model(rows[:4, :-1])
-    share = torch.stack(shares).sum()
+    share = silence.share()
     assert float(share) == pytest.approx(unread(model, rows[:4, :-1])["unread_weights"], abs=1e-6)
     (-share).backward()
     # A threshold also changes what later layers read, so single gradients may have either sign.

@@ -18,6 +18,7 @@ from spikingbrain.experts import (
     routers,
     shift_balance_,
 )
+from spikingbrain.spiking import collect_silence
 from spikingbrain.statistics import recorded_statistics
 
 from .conftest import SINKS, SPIKING, VOCABULARY, tiny_config, tiny_model
@@ -198,6 +199,18 @@ def test_spike_statistics_weigh_an_expert_by_the_tokens_it_sees():
     one_block = 3 * 32 * 48
     expected = recorded_statistics(dense, record)["dense_operations_per_token"] + 2 * one_block
     assert figures["dense_operations_per_token"] == pytest.approx(expected)
+
+
+def test_silence_weighs_an_expert_by_the_tokens_it_sees():
+    model = moe_model(TOP1, spiking={"neuron": "dead_zone", "params": {"theta": 0.6}})
+    for router in routers(model).values():
+        router.balance_bias[:] = torch.tensor([5.0, 0.0, 0.0])
+    with collect_silence(model) as silence, record_spikes(model) as record:
+        model(input_ids=tokens(), use_cache=False)
+    assert float(silence.share()) == pytest.approx(recorded_statistics(model, record)["unread_weights"], abs=1e-6)
+    silence.share().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or bool(parameter.grad.isfinite().all()), name
 
 
 def test_active_parameters_leave_out_the_experts_a_token_is_not_sent_to():

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from spikingbrain.experts import count_parameters
 from spikingbrain.model import MixerBlock
 from spikingbrain.state import StateSpec
 
@@ -24,12 +25,7 @@ def active_parameters(model: Any) -> int:
     """Parameters that multiply each token: not the embedding's rows, and of routed experts those it is sent to."""
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
-    total = sum(parameter.numel() for parameter in model.parameters()) - (0 if tied else embedding.numel())
-    moe = getattr(model.config, "moe", None)
-    if not moe:
-        return total
-    routed = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
-    return total - routed * (moe["num_experts"] - moe["top_k"]) // moe["num_experts"]
+    return count_parameters(model).active - (0 if tied else embedding.numel())
 
 
 def mixing_flops(spec: StateSpec, config: Any, length: int) -> float:

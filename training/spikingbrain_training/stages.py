@@ -148,7 +148,7 @@ def step_loss(
     """The batch's summed loss at `step` and, beside it, the pressure towards silence, in nats too."""
     if config.silence is None:
         return stage_loss(student, teacher, batch, config.loss), 0.0
-    with collect_silence(getattr(student, "module", student)) as shares:
+    with collect_silence(getattr(student, "module", student)) as silence:
         loss = stage_loss(student, teacher, batch, config.loss)
-    missing = config.silence.wanted(step, config.steps) - torch.stack(shares).sum()
+    missing = config.silence.wanted(step, config.steps) - silence.share()
     return loss, config.silence.weight * missing.clamp(min=0) * batch.num_targets

@@ -115,17 +115,13 @@ def train_step(
     """
     batches = step_batches(dataset, config, step, world)
     (targets,) = distributed.total(world, sum(batch.num_targets for batch in batches))
-    scale = learning_rate_scale(config.optim, step, config.steps)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * scale
+    scale = _set_learning_rate(engine, config, step)
     watched = metrics is not None and step % config.watch.histograms == 0
     sums = balance.Sums.zero(engine.module)
     for batch in batches:
         batch = batch.to(world.device)
         again = partial(forward, engine, teacher, batch, config, step)
-        context: Any = watch(engine.module) if watched else nullcontext({})
-        with context as seen, record_routing(engine.module) as record:
-            loss, pressure = again()
+        (loss, pressure), record, seen = _observed(engine.module, again, watched)
         _require_finite(loss, engine, again, step, world)
         unevenness = balance.loss(engine.module, record, batch)
         # DeepSpeed divides by the number of micro batches and of processes; the loss is divided by tokens only.
@@ -139,14 +135,25 @@ def train_step(
     balance.shift_(engine.module, sums.loads)
     if watched:
         metrics.histograms(step + 1, seen)
-    return {
-        "loss": sums.loss / targets,
-        "lr": config.optim.lr * scale,
-        "grad_norm": norm,
-        "tokens": targets,
-        **balance.metrics(sums, targets),
-        **({"dropped_tokens": int(dropped)} if world.expert else {}),
-    }
+    row = {"loss": sums.loss / targets, "lr": config.optim.lr * scale, "grad_norm": norm, "tokens": targets}
+    row |= balance.metrics(sums, targets)
+    return row | ({"dropped_tokens": int(dropped)} if world.expert else {})
+
+
+def _set_learning_rate(engine: Any, config: TrainConfig, step: int) -> float:
+    """Give every group its rate at `step`; returns the share of the peak rate."""
+    scale = learning_rate_scale(config.optim, step, config.steps)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scale
+    return scale
+
+
+def _observed(module: Any, compute: Callable[[], Any], watched: bool) -> tuple[Any, Any, Any]:
+    """What `compute` returns, what the routers decided meanwhile, and what histograms are made of if `watched`."""
+    context: Any = watch(module) if watched else nullcontext({})
+    with context as seen, record_routing(module) as record:
+        out = compute()
+    return out, record, seen
 
 
 def forward(
