@@ -9,21 +9,28 @@ import torch
 backends = import_module("spikingbrain_kernels.backends")
 
 
-def _multiply_bf16_as_numbers() -> None:
-    """Triton's interpreter keeps bf16 as bit patterns, and would multiply those in a product of tiles."""
+def _repair_bf16() -> None:
+    """Triton's interpreter keeps bf16 as bit patterns, rounds towards zero and multiplies the patterns in tiles."""
     interpreter, language = import_module("triton.runtime.interpreter"), import_module("triton.language")
-    numpy = import_module("numpy")
-    create_dot = interpreter.InterpreterBuilder.create_dot
+    create_dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
 
     def widen(x):
         if x.dtype.scalar != language.bfloat16:
             return x
-        return interpreter.TensorHandle((x.data.astype(numpy.uint32) << 16).view(numpy.float32), language.float32)
+        wide = torch.from_numpy(x.data.view("int16")).view(torch.bfloat16).float()
+        return interpreter.TensorHandle(wide.numpy(), language.float32)
 
-    def repaired(self, a, b, *rest):
+    def dot_of_numbers(self, a, b, *rest):
         return create_dot(self, widen(a), widen(b), *rest)
 
-    interpreter.InterpreterBuilder.create_dot = repaired
+    def nearest(x, input_dtype, output_dtype, rounding_mode):
+        if (input_dtype, output_dtype) != (language.float32, language.bfloat16):
+            return convert(x, input_dtype, output_dtype, rounding_mode)
+        bits = x.astype("float32").reshape(-1)
+        return torch.from_numpy(bits).bfloat16().view(torch.int16).numpy().view("uint16").reshape(x.shape)
+
+    interpreter.InterpreterBuilder.create_dot = dot_of_numbers
+    interpreter._convert_float = nearest
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +38,7 @@ if INTERPRETED:
     backends.BACKENDS = tuple(
         replace(backend, devices=("cpu",)) if backend.name == "triton" else backend for backend in backends.BACKENDS
     )
-    _multiply_bf16_as_numbers()
+    _repair_bf16()
 
 
 def device_of(backend: str | None) -> str:

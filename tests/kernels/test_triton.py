@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import relative_rms
+from conftest import Asks, relative_rms
 from devices import backends, device_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import spikingbrain_kernels as kernels
 from spikingbrain_kernels import Slots, pack, pack_codes
@@ -104,7 +103,13 @@ def test_products_with_packed_weights_equal_the_reference(dtype, kind):
         assert relative_rms(out, expected) < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
-SHAPES = {"7 heads a state": (14, 2, 32, 32), "huge heads": (2, 1, 260, 300), "odd": (9, 1, 3, 5), "one": (1, 1, 1, 1)}
+SHAPES = {
+    "7 heads a state": (7, 1, 32, 32),
+    "huge heads": (2, 1, 130, 70),
+    "18 heads a state": (18, 1, 9, 9),
+    "odd": (9, 1, 3, 5),
+    "one": (1, 1, 1, 1),
+}
 
 
 def tensors(batch, length, heads, groups, key, value, dtype=torch.float32):
@@ -138,10 +143,11 @@ def test_projections_that_lie_side_by_side_need_no_copy():
     assert q.data_ptr() == joined.data_ptr()
 
 
-@pytest.mark.parametrize("capacity", [11, 600])
-@pytest.mark.parametrize("sinks", [0, 3, 70])
-@pytest.mark.parametrize("position", [0, 4, 599, 1300])
-def test_a_decode_step_over_a_ring_equals_the_reference(position, sinks, capacity):
+@pytest.mark.parametrize(
+    ("capacity", "sinks", "position"),
+    [(11, 0, 0), (11, 3, 4), (11, 70, 1300), (600, 0, 4), (600, 3, 599), (600, 70, 1300)],
+)
+def test_a_decode_step_over_a_ring_equals_the_reference(capacity, sinks, position):
     q, k, v, _ = tensors(3, 1, 14, 2, 12, 12)
     options = {"sinks": torch.randn(sinks, 2, 2, 12)} if sinks else {}
     pool, slots = torch.randn(5, capacity, 2, 2, 12), torch.tensor([4, -1, 2])
@@ -176,8 +182,8 @@ def test_no_tokens_leave_the_states_as_they_were():
     assert kernels.linear(torch.randn(0, 8), pack(torch.randn(5, 8), "fp32"), backend="triton").shape == (0, 5)
 
 
-@pytest.mark.parametrize("shape", [(14, 2, 128, 128)], ids=str)
-def test_bf16_chunks_stay_within_their_tolerance(shape):
+def test_bf16_chunks_stay_within_their_tolerance():
+    shape = (14, 2, 32, 32)
     x, state = tensors(1, 70, *shape, dtype=torch.bfloat16), torch.randn(1, shape[1], shape[2], shape[3])
     results, expected = (kernels.gated_linear(*x, scale=0.1, state=state, backend=name) for name in PAIR)
     assert relative_rms(results[0], expected[0]) < 1e-2
@@ -194,21 +200,6 @@ def test_a_long_delta_rule_is_left_to_the_next_backend_and_written_to_the_pool()
     ]
     assert relative_rms(*outs) < 1e-5
     assert relative_rms(*pools) < 1e-5
-
-
-class Asks(TorchDispatchMode):
-    """Counts what would make a CUDA graph impossible: values read on the host, sizes that depend on values."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ARG002
-        if any(name in function.__name__ for name in self.FORBIDDEN):
-            self.found.append(function.__name__)
-        return function(*args, **(kwargs or {}))
 
 
 def steps():

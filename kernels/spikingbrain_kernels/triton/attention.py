@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..layout import Documents, by_token, token_stride
 from ..slots import Slots, to_update
-from .rows import Rows, blocks, empty_output, flat, rows, slot_of, span, within
+from .rows import FUSED, Rows, blocks, empty_output, flat, rows, slot_of, span, within
 
 QUERY_BLOCK = 64
 KEY_BLOCK = 64
@@ -66,7 +66,8 @@ def _prefill(
     cut = blocks(docs, size, q.device)
     place = (docs.tokens, docs.starts, cut.document, cut.offset, first, docs.length, docs.num_documents)
     capacity = 0 if pool is None else pool.shape[1]
-    shape = {"GROUPS": groups, "WIDTH": width, "WIDTH_BLOCK": max(SMALLEST_TILE, triton.next_power_of_2(width))}
+    block = max(SMALLEST_TILE, triton.next_power_of_2(width))
+    shape = {"GROUPS": groups, "WIDTH": width, "WIDTH_BLOCK": block, **FUSED}
     _prefill_kernel[(len(cut.document), heads)](
         *(q, k, v, sinks, pool, slots, *place, out, capacity, 0 if sinks is None else len(sinks), window, scale),
         *(token_stride(x) for x in (q, k, v)),
@@ -112,9 +113,16 @@ def _decode(
         KEYS=KEY_BLOCK,
         SPAN=SPAN,
         SPLITS=splits,
+        **FUSED,
     )
     _combine_kernel[(batch, heads)](
-        *(sums, weights, out), HEADS=heads, WIDTH=width, BLOCK=block, SPLITS=splits, ROWS=triton.next_power_of_2(splits)
+        *(sums, weights, out),
+        HEADS=heads,
+        WIDTH=width,
+        BLOCK=block,
+        SPLITS=splits,
+        ROWS=triton.next_power_of_2(splits),
+        **FUSED,
     )
     return out
 

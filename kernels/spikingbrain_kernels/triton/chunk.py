@@ -11,12 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import token_stride
-from .rows import Blocks, Rows, blocks, empty_output, flat, slot_of, span, within
+from .rows import FUSED, Blocks, Rows, blocks, empty_output, flat, slot_of, span, within
 
 CHUNK = 64
 SUB_CHUNK = 16
 VALUE_BLOCK = 64
 STATE_BLOCK = 1024
+# Heads that share a program where scores are computed.
+MOST_MEMBERS = 8
+# Tiles of wider keys do not fit into a GPU's shared memory.
+LARGEST_KEY = 128
 
 
 def gated_linear_chunks(
@@ -53,20 +57,26 @@ def gated_linear_chunks(
         **_only(shape, "GROUPS", "KEY", "KEY_BLOCK", "CHUNK"),
         DECAY=log_decay.shape[3],
         **wide,
+        **FUSED,
     )
     _pass_states(docs, cut, states, keep, pool, slots)
-    _scores_kernel[(len(cut.document), groups, CHUNK // SUB_CHUNK)](
+    members = min(MOST_MEMBERS, triton.next_power_of_2(heads // groups))
+    member_parts = triton.cdiv(heads // groups, members)
+    _scores_kernel[(len(cut.document), groups * member_parts, CHUNK // SUB_CHUNK)](
         *(q, k, total, scores, *place),
         **_only(strides, "q_stride", "k_stride"),
         **shape,
         SUB=SUB_CHUNK,
-        MEMBERS=triton.next_power_of_2(heads // groups),
+        MEMBERS=members,
+        PARTS=member_parts,
+        **FUSED,
     )
     _outputs_kernel[(len(cut.document), heads, parts)](
         *(q, v, total, states, scores, out, scale, *place),
         **_only(strides, "q_stride", "v_stride"),
         **shape,
         **wide,
+        **FUSED,
     )
     return out
 
@@ -81,7 +91,13 @@ def _pass_states(docs: Rows, cut: Blocks, states: Tensor, keep: Tensor, pool: Te
     block = min(STATE_BLOCK, triton.next_power_of_2(key * value))
     grid = (docs.num_documents, groups, triton.cdiv(key * value, block))
     _states_kernel[grid](
-        *(states, keep, pool, slots, cut.first), GROUPS=groups, SIZE=key * value, VALUE=value, KEY=key, BLOCK=block
+        *(states, keep, pool, slots, cut.first),
+        GROUPS=groups,
+        SIZE=key * value,
+        VALUE=value,
+        KEY=key,
+        BLOCK=block,
+        **FUSED,
     )
 
 
@@ -189,13 +205,14 @@ def _scores_kernel(
     CHUNK: tl.constexpr,
     SUB: tl.constexpr,
     MEMBERS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """sum_K q_i exp(G_i - G_j) k_j for the queries i of one sub-chunk, all heads of a group, and the tokens j <= i.
 
     Earlier sub-chunks go through the last token before this one, where both exponents are <= 0; within the sub-chunk
     every pair has its own exponential, shared by the heads.
     """
-    block, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block, group = tl.program_id(0).to(tl.int64), tl.program_id(1) // PARTS
     document = tl.load(block_document + block)
     if document >= num_documents:
         return
@@ -203,7 +220,7 @@ def _scores_kernel(
     part = tl.program_id(2)
     start += tl.load(block_offset + block)
     count -= tl.load(block_offset + block)
-    members = tl.arange(0, MEMBERS)
+    members = tl.program_id(1) % PARTS * MEMBERS + tl.arange(0, MEMBERS)
     keys, near = tl.arange(0, KEY_BLOCK), tl.arange(0, SUB)
     has_key = keys < KEY
     place = part * SUB + near

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import by_token, token_stride
+from .rows import FUSED, UNFUSED
 
 ROW_BLOCK = 1024
 
@@ -15,7 +16,7 @@ ROW_BLOCK = 1024
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean x^2 + epsilon) * weight, a program a row."""
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    _rms_norm_kernel[_one_a_row(x)](x, weight.contiguous(), out, epsilon, **_width(x))
+    _rms_norm_kernel[_one_a_row(x)](x, weight.contiguous(), out, epsilon, **_width(x), **FUSED)
     return out
 
 
@@ -33,7 +34,7 @@ def _encode(x: Tensor, weight: Tensor | None, epsilon: float, k: float, low: flo
     x, counts = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     thresholds = (float(k), float(low), float(high))
-    _encode_kernel[_one_a_row(x)](x, weight, counts, scale, epsilon, *thresholds, **_width(x), enable_fp_fusion=False)
+    _encode_kernel[_one_a_row(x)](x, weight, counts, scale, epsilon, *thresholds, **_width(x), **UNFUSED)
     return counts, scale
 
 
@@ -41,7 +42,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _swiglu_kernel[_one_a_block(gate)](gate, up, out, gate.numel(), BLOCK=ROW_BLOCK)
+    _swiglu_kernel[_one_a_block(gate)](gate, up, out, gate.numel(), BLOCK=ROW_BLOCK, **FUSED)
     return out
 
 
@@ -49,7 +50,7 @@ def log_sigmoid(x: Tensor, divisor: float) -> Tensor:
     """log(sigmoid(x)) / divisor in fp32."""
     x = x.contiguous()
     out = torch.empty_like(x, dtype=torch.float32)
-    _log_sigmoid_kernel[_one_a_block(x)](x, out, float(divisor), x.numel(), BLOCK=ROW_BLOCK)
+    _log_sigmoid_kernel[_one_a_block(x)](x, out, float(divisor), x.numel(), BLOCK=ROW_BLOCK, **FUSED)
     return out
 
 
@@ -65,6 +66,7 @@ def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> 
             HALF=width // 2,
             HEAD_BLOCK=triton.next_power_of_2(heads),
             HALF_BLOCK=triton.next_power_of_2(width // 2),
+            **FUSED,
         )
     return out
 
@@ -132,7 +134,7 @@ def _log_sigmoid_kernel(x, out, divisor, size, BLOCK: tl.constexpr):
     small = tl.exp(-tl.abs(value))
     # log(1 + e) is e (1 - e / 2) where 1 + e would lose it.
     tail = tl.where(small < 1e-4, small * (1 - 0.5 * small), tl.log(1 + small))
-    tl.store(out + place, (tl.where(value < 0, value, 0.0 * value) - tail) / divisor, mask=exists)
+    tl.store(out + place, (tl.where(value > 0, 0.0, value) - tail) / divisor, mask=exists)
 
 
 @triton.jit

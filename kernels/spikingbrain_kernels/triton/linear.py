@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packed import GROUP, PANEL, Packed
+from .rows import UNFUSED
 
 OUT_BLOCK = 64  # divides the packed form's units, so that a tile lies in one panel
 ROW_BLOCKS = (16, 64)
@@ -41,7 +42,7 @@ def _multiply(x: Tensor, scale: Tensor | None, packed: Packed, bias: Tensor | No
         GROUP=GROUP,
         PANEL=PANEL,
         # Sums are added as the reference adds them.
-        enable_fp_fusion=False,
+        **UNFUSED,
     )
     return out
 
@@ -95,7 +96,7 @@ def _float_kernel(
         if (values.dtype != tl.bfloat16) or (weights.dtype == tl.float32):
             values, weights = values.to(tl.float32), weights.to(tl.float32)
         else:
-            weights = weights.to(tl.bfloat16)
+            weights = weights.to(tl.float32).to(tl.bfloat16)
         part = tl.dot(values, weights, input_precision="tf32x3")
         if group_scale is not None:
             part = part * tl.load(group_scale + group * padded + column)[None, :]

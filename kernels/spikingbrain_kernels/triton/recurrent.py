@@ -7,8 +7,8 @@ from torch import Tensor
 from ..backends import after
 from ..layout import by_token, token_stride
 from ..slots import Slots, to_update
-from .chunk import CHUNK, gated_linear_chunks
-from .rows import Rows, blocks, empty_output, flat, rows, slot_of, span, within
+from .chunk import CHUNK, LARGEST_KEY, gated_linear_chunks
+from .rows import FUSED, UNFUSED, Rows, blocks, empty_output, flat, rows, slot_of, span, within
 
 VALUE_BLOCK = 32
 CHANNEL_BLOCK = 256
@@ -31,7 +31,7 @@ def gated_linear(
     docs = rows(q, cu_seqlens, mask)
     q, k, v, log_decay = (by_token(x) for x in (q, k, v, log_decay))
     state, pool, slots = to_update(state)
-    run = _matrix_recurrence if _is_short(docs) else gated_linear_chunks
+    run = _matrix_recurrence if _is_short(docs) or k.shape[3] > LARGEST_KEY else gated_linear_chunks
     return run(docs, q, k, v, log_decay, pool=pool, slots=slots, scale=scale), state
 
 
@@ -107,6 +107,7 @@ def _matrix_recurrence(
         DECAY=log_decay.shape[3],
         KEY_BLOCK=triton.next_power_of_2(key),
         VALUE_BLOCK=width,
+        **FUSED,
     )
     return out
 
@@ -185,7 +186,7 @@ def wkv(
         tensors = (*inputs, pool, slots, docs.tokens, docs.starts, out)
         block = min(CHANNEL_BLOCK, triton.next_power_of_2(k.shape[2]))
         grid = (docs.num_documents, triton.cdiv(k.shape[2], block))
-        _wkv_kernel[grid](*tensors, docs.length, CHANNELS=k.shape[2], BLOCK=block)
+        _wkv_kernel[grid](*tensors, docs.length, CHANNELS=k.shape[2], BLOCK=block, **FUSED)
     return out, state
 
 
@@ -247,7 +248,7 @@ def lif_scan(
             DECAY_INPUT=decay_input,
             SOFT_RESET=v_reset is None,
             # A rounding less and a spike may flip.
-            enable_fp_fusion=False,
+            **UNFUSED,
         )
     return out, state
 
@@ -304,7 +305,7 @@ def short_conv(
         size = min(CHUNK, triton.next_power_of_2(docs.length))
         cut, block = blocks(docs, size, x.device), min(CHANNEL_BLOCK, triton.next_power_of_2(channels))
         tensors, parts = (pool, slots, docs.tokens, docs.starts), triton.cdiv(channels, block)
-        shape = {"CHANNELS": channels, "TAPS": taps, "BLOCK": block}
+        shape = {"CHANNELS": channels, "TAPS": taps, "BLOCK": block, **FUSED}
         _short_conv_kernel[(len(cut.document), parts)](
             *(x, weight.contiguous(), *tensors, cut.document, cut.offset, out, docs.length, docs.num_documents),
             **shape,

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..layout import documents
 
+# Whether the compiler may round a product and a sum together; Triton's own default changes with its versions.
+FUSED, UNFUSED = {"enable_fp_fusion": True}, {"enable_fp_fusion": False}
+
 
 class Rows(NamedTuple):
     """`starts [D + 1]`: where each document begins among `tokens [N]`, the flat positions of the tokens that exist.
