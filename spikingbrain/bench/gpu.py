@@ -5,6 +5,7 @@ package that is not here is skipped by name.
 """
 
 import argparse
+import copy
 import re
 from collections.abc import Callable
 from functools import partial
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     ]
     layers, config = model.config.num_hidden_layers, model.config
     del model
+    torch.cuda.empty_cache()
     softmax = _softmax_times(config, args.peer_layers, args.peer_lengths)
     return rows + first_token_rows(mine, softmax, args.peer_layers, layers)
 
@@ -211,7 +213,8 @@ def read(model: Any, length: int, chunk: int, device: str = "cuda") -> Tensor:
 
 def _softmax_times(config: Any, layers: int, lengths: list[int]) -> dict[int, float | None]:
     """Seconds of a prompt for the softmax model with so many layers; None where memory did not suffice."""
-    small = type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers})
+    small = copy.copy(config)
+    small.num_hidden_layers = layers
     with torch.device("cuda"):
         peer = qwen2(small, "bf16")
     times: dict[int, float | None] = {}

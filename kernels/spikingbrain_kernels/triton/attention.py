@@ -7,15 +7,17 @@ from torch import Tensor
 
 from ..layout import Documents, by_token, token_stride
 from ..slots import Slots, to_update
-from .rows import FUSED, Rows, blocks, empty_output, flat, rows, slot_of, span, within
+from .rows import FUSED, Rows, blocks, empty_output, flat, on_its_device, rows, slot_of, span, within
 
-QUERY_BLOCK = 64
-KEY_BLOCK = 64
+# Queries or keys of a tile, and the bytes it may have: a program holds several tiles in shared memory.
+LARGEST_TILE = 64
+TILE_BYTES = 16384
 # Places of the ring that one program reads in a decode step: fixed, so that a row's bits do not depend on the batch.
 SPAN = 512
 SMALLEST_TILE = 16
 
 
+@on_its_device
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -62,11 +64,11 @@ def _prefill(
 ) -> Tensor:
     heads, groups, width = q.shape[2], *k.shape[2:]
     out = empty_output(v, docs, heads, width)
-    size = max(SMALLEST_TILE, min(QUERY_BLOCK, triton.next_power_of_2(docs.length)))
+    block, keys = _tile(q)
+    size = max(SMALLEST_TILE, min(keys, triton.next_power_of_2(docs.length)))
     cut = blocks(docs, size, q.device)
     place = (docs.tokens, docs.starts, cut.document, cut.offset, first, docs.length, docs.num_documents)
     capacity = 0 if pool is None else pool.shape[1]
-    block = max(SMALLEST_TILE, triton.next_power_of_2(width))
     shape = {"GROUPS": groups, "WIDTH": width, "WIDTH_BLOCK": block, **FUSED}
     _prefill_kernel[(len(cut.document), heads)](
         *(q, k, v, sinks, pool, slots, *place, out, capacity, 0 if sinks is None else len(sinks), window, scale),
@@ -74,12 +76,18 @@ def _prefill(
         HEADS=heads,
         **shape,
         QUERIES=size,
-        KEYS=KEY_BLOCK,
+        KEYS=keys,
     )
     if pool is not None:
         strides = (token_stride(k), token_stride(v))
         _remember_kernel[(len(cut.document), groups)](k, v, pool, slots, *place, capacity, *strides, **shape, SIZE=size)
     return out
+
+
+def _tile(q: Tensor) -> tuple[int, int]:
+    """Channels of a tile for the heads of q, and how many queries or keys it has."""
+    block = max(SMALLEST_TILE, triton.next_power_of_2(q.shape[3]))
+    return block, max(SMALLEST_TILE, min(LARGEST_TILE, TILE_BYTES // (block * q.element_size())))
 
 
 def _decode(
@@ -100,7 +108,7 @@ def _decode(
     out = v.new_empty(batch, 1, heads, width)
     sums = q.new_empty(batch, heads, splits, width, dtype=torch.float32)
     weights = q.new_empty(batch, heads, splits, 2, dtype=torch.float32)
-    block = max(SMALLEST_TILE, triton.next_power_of_2(width))
+    block, keys = _tile(q)
     _decode_kernel[(batch, groups, splits)](
         *(q, k, v, sinks, pool, slots, position, sums, weights),
         *(capacity, 0 if sinks is None else len(sinks), window, scale),
@@ -110,7 +118,7 @@ def _decode(
         WIDTH=width,
         WIDTH_BLOCK=block,
         MEMBERS=max(SMALLEST_TILE, triton.next_power_of_2(members)),
-        KEYS=KEY_BLOCK,
+        KEYS=keys,
         SPAN=SPAN,
         SPLITS=splits,
         **FUSED,

@@ -8,11 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import by_token, token_stride
-from .rows import FUSED, UNFUSED
+from .rows import FUSED, UNFUSED, on_its_device
 
 ROW_BLOCK = 1024
+# Rows longer than this take more warps, so that they stay in registers.
+WIDE = 2048
 
 
+@on_its_device
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean x^2 + epsilon) * weight, a program a row."""
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -20,11 +23,13 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
+@on_its_device
 def encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Counts round(x / scale), half to even, in x's type and scale clamp(mean|x| / k, low, high)."""
     return _encode(x, None, 0.0, k, low, high)
 
 
+@on_its_device
 def rms_norm_encode(x: Tensor, weight: Tensor, epsilon: float, k: float, low: float, high: float) -> Any:
     """`encode_adaptive` of `rms_norm`, which is rounded to x's type in between but never written."""
     return _encode(x, weight.contiguous(), epsilon, k, low, high)
@@ -38,6 +43,7 @@ def _encode(x: Tensor, weight: Tensor | None, epsilon: float, k: float, low: flo
     return counts, scale
 
 
+@on_its_device
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     gate, up = gate.contiguous(), up.contiguous()
@@ -46,6 +52,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def log_sigmoid(x: Tensor, divisor: float) -> Tensor:
     """log(sigmoid(x)) / divisor in fp32."""
     x = x.contiguous()
@@ -54,6 +61,7 @@ def log_sigmoid(x: Tensor, divisor: float) -> Tensor:
     return out
 
 
+@on_its_device
 def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> Tensor:
     """Turn the pairs (i, i + K / 2) of each head by position * frequency; a program a token."""
     x = by_token(x)
@@ -80,7 +88,8 @@ def _one_a_block(x: Tensor) -> tuple[int]:
 
 
 def _width(x: Tensor) -> dict[str, int]:
-    return {"WIDTH": x.shape[-1], "BLOCK": triton.next_power_of_2(x.shape[-1])}
+    block = triton.next_power_of_2(x.shape[-1])
+    return {"WIDTH": x.shape[-1], "BLOCK": block, "num_warps": 4 if block <= WIDE else 16}
 
 
 @triton.jit

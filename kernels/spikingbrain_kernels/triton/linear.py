@@ -6,17 +6,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packed import GROUP, PANEL, Packed
-from .rows import UNFUSED
+from .rows import UNFUSED, on_its_device
 
 OUT_BLOCK = 64  # divides the packed form's units, so that a tile lies in one panel
 ROW_BLOCKS = (16, 64)
 
 
+@on_its_device
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x W^T + b, sums in fp32, in x's type; groups of int8 weights are scaled one by one."""
     return _multiply(x, None, packed, bias, x.dtype)
 
 
+@on_its_device
 def spike_linear(counts: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """scale * (counts W^T) + b: with int8 weights integer sums over groups, scaled and added in order.
 

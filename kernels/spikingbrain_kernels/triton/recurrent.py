@@ -8,7 +8,7 @@ from ..backends import after
 from ..layout import by_token, token_stride
 from ..slots import Slots, to_update
 from .chunk import CHUNK, LARGEST_KEY, gated_linear_chunks
-from .rows import FUSED, UNFUSED, Rows, blocks, empty_output, flat, rows, slot_of, span, within
+from .rows import FUSED, UNFUSED, Rows, blocks, empty_output, flat, on_its_device, rows, slot_of, span, within
 
 VALUE_BLOCK = 32
 CHANNEL_BLOCK = 256
@@ -16,6 +16,7 @@ CHANNEL_BLOCK = 256
 SHORT = 16
 
 
+@on_its_device
 def gated_linear(
     q: Tensor,
     k: Tensor,
@@ -35,6 +36,7 @@ def gated_linear(
     return run(docs, q, k, v, log_decay, pool=pool, slots=slots, scale=scale), state
 
 
+@on_its_device
 def gated_delta(
     q: Tensor,
     k: Tensor,
@@ -167,6 +169,7 @@ def _matrix_recurrence_kernel(
     tl.store(place, memory, mask=held)
 
 
+@on_its_device
 def wkv(
     k: Tensor,
     v: Tensor,
@@ -223,6 +226,7 @@ def _wkv_kernel(
     tl.store(place + 2 * CHANNELS, top, mask=held)
 
 
+@on_its_device
 def lif_scan(
     x: Tensor,
     *,
@@ -292,6 +296,7 @@ def _lif_scan_kernel(
     tl.store(place, membrane, mask=held)
 
 
+@on_its_device
 def short_conv(
     x: Tensor, weight: Tensor, *, state: Tensor | Slots, cu_seqlens: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | Slots]:

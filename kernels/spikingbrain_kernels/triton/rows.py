@@ -1,6 +1,8 @@
 """Which tokens a program works on: documents in rows of one length, in masked rows or in a packed row."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -11,6 +13,23 @@ from ..layout import documents
 
 # Whether the compiler may round a product and a sum together; Triton's own default changes with its versions.
 FUSED, UNFUSED = {"enable_fp_fusion": True}, {"enable_fp_fusion": False}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(op: Callable[P, R]) -> Callable[P, R]:
+    """Launch kernels on the GPU that the first argument lies on, whichever is current."""
+
+    @wraps(op)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = args[0].device  # type: ignore[attr-defined]
+        if device.type != "cuda":
+            return op(*args, **kwargs)
+        with torch.cuda.device(device):
+            return op(*args, **kwargs)
+
+    return run
 
 
 class Rows(NamedTuple):
