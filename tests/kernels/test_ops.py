@@ -1,8 +1,11 @@
 """Every backend of every op against the reference: outputs, final state, gradients, ragged batches, pools."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import relative_rms
+from devices import backends as table
 from devices import device_of
 
 import spikingbrain_kernels as kernels
@@ -255,6 +258,14 @@ def test_unknown_names_and_wrong_shapes_are_errors_that_name_the_choices():
         lif_scan(q[:, :, 0], tau=0.5, v_th=1.0, v_reset=0.0, decay_input=True)
     with pytest.raises(ValueError, match="weight"):
         short_conv(q[:, :, 0], q[0, 0])
+
+
+def test_a_backend_asked_for_and_missing_says_how_to_get_it(monkeypatch):
+    (fla,) = (backend for backend in table.BACKENDS if backend.name == "fla")
+    monkeypatch.setattr(table, "BACKENDS", (replace(fla, devices=("cpu",), requires=("not_there",)),))
+    q, k, v, decay = inputs("gated_linear", 1, 5)
+    with pytest.raises(BackendError, match=r"fla needs not_there: pip install 'spikingbrain\[cuda\]'"):
+        gated_linear(q, k, v, decay, scale=1.0, backend="fla")
 
 
 def test_the_delta_rule_replaces_what_is_stored_under_a_key():

@@ -1,7 +1,5 @@
 """Triton kernels where the shared tests of ops do not look: on a GPU compiled, else in Triton's interpreter."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import Asks, relative_rms
@@ -258,11 +256,3 @@ def test_a_captured_step_follows_the_slots_it_finds(op):
         graph.replay()
         assert relative_rms(out, expected) < 1e-5
         assert relative_rms(pool, expected_pool) < 1e-5
-
-
-def test_flash_linear_attention_asked_for_and_missing_says_how_to_get_it(monkeypatch):
-    (fla,) = (backend for backend in backends.BACKENDS if backend.name == "fla")
-    monkeypatch.setattr(backends, "BACKENDS", (replace(fla, devices=(DEVICE,), requires=("not_there",)),))
-    q, k, v, decay = tensors(1, 4, 4, 2, 8, 8)
-    with pytest.raises(kernels.BackendError, match=r"fla needs not_there: pip install 'spikingbrain\[cuda\]'"):
-        kernels.gated_linear(q, k, v, decay, scale=1.0, backend="fla")
