@@ -4,13 +4,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 PEAK_TFLOPS ?= 989
+TRITON := 3.9.0
 OLDER_TRANSFORMERS := 5.19.0
 PYTEST := $(BIN)/python -m pytest -q
 # Two workers with one thread each: the models are too small for a second thread to gain anything.
 SUITE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
-.PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench bench-train-gpu bench-spikes \
-  bench-spikes-all soak soak-training soak-serving clean
+.PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench \
+  bench-train-gpu bench-spikes bench-spikes-all soak soak-training soak-serving bench-gpu test-triton \
+  compile-triton clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -47,7 +49,7 @@ check: setup     ## lint, types, import rule
 test-transformers: ## smoke test on an older transformers, in an environment of its own
 	$(PYTHON) -m venv .venv-transformers
 	.venv-transformers/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-transformers/bin/pip install -q torch==$(TORCH)
-	.venv-transformers/bin/pip install -q -e . pytest transformers==$(OLDER_TRANSFORMERS)
+	.venv-transformers/bin/pip install -q -e '.[dev]' transformers==$(OLDER_TRANSFORMERS)
 	.venv-transformers/bin/python -m pytest -q tests/kernels tests/model
 
 sanitize:        ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -62,6 +64,25 @@ bench: setup     ## figures of this machine and of peers on it
 
 bench-train-gpu: setup ## true MFU of training on one GPU, and how flat it is over lengths: PEAK_TFLOPS=989
 	$(BIN)/python benchmarks/train_gpu.py --peak-tflops $(PEAK_TFLOPS)
+
+bench-gpu:       ## figures of the kernels and the 7B shape on a CUDA GPU; needs torch, Triton and transformers only
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu.py $(ARGS)
+
+test-triton:     ## the Triton kernels: compiled on a GPU, else in Triton's interpreter, in an environment of its own
+	$(PYTHON) -m venv .venv-triton
+	@if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then \
+	  .venv-triton/bin/pip install -q torch==$(TORCH); \
+	else \
+	  { .venv-triton/bin/pip install -q torch==$(TORCH)+cpu triton==$(TRITON) 2> /dev/null || \
+	    .venv-triton/bin/pip install -q torch==$(TORCH); }; \
+	fi
+	.venv-triton/bin/pip install -q pytest transformers
+	@if .venv-triton/bin/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then \
+	  export TRITON_INTERPRET=1; \
+	fi; PYTHONPATH=.:kernels .venv-triton/bin/python -m pytest -q tests/kernels -k triton
+
+compile-triton:  ## the Triton kernels compiled for a GPU that need not be here; after make test-triton
+	PYTHONPATH=.:kernels .venv-triton/bin/python tests/kernels/compile_triton.py $(CAPABILITY)
 
 soak: soak-training soak-serving ## everything that takes long
 

@@ -5,12 +5,26 @@ import signal
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def relative_rms(value: Tensor, reference: Tensor) -> float:
     """RMS(value - reference) / RMS(reference)."""
     difference = (value.double() - reference.double()).pow(2).mean().sqrt()
     return float((difference / (reference.double().pow(2).mean().sqrt() + 1e-12)).detach())
+
+
+class Asks(TorchDispatchMode):
+    """Collects what a CUDA graph cannot capture: values read on the host, sizes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in function.__name__ for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)

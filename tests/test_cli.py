@@ -22,7 +22,8 @@ def run(*args, **options):
 def test_doctor_says_which_backend_serves_which_op():
     done = run("doctor")
     assert done.returncode == 0
-    assert f"gated_linear: {', '.join(backend.name for backend in backends('gated_linear'))}" in done.stdout
+    names = [backend.name for backend in backends("gated_linear") if "cpu" in backend.devices]
+    assert f"gated_linear: {', '.join(names)}" in done.stdout
     assert f"mixers: {', '.join(registry.names('mixers'))}" in done.stdout
 
 

@@ -57,17 +57,24 @@ class Backend:
 
 
 RECURRENT_OPS = ("gated_linear", "gated_delta", "wkv", "lif_scan", "short_conv", "window_attention")
-OTHER_OPS = ("linear", "spike_linear", "rms_norm", "encode_adaptive", "swiglu", "log_sigmoid", "rotary")
+OTHER_OPS = (
+    *("linear", "spike_linear", "rms_norm", "encode_adaptive", "rms_norm_encode"),
+    *("swiglu", "log_sigmoid", "rotary"),
+)
 OPS = (*RECURRENT_OPS, *OTHER_OPS)
 NATIVE_OPS = ("gated_linear", "window_attention", *OTHER_OPS)
+FLA_OPS = ("gated_linear", "gated_delta")
 ANY_DEVICE = ("cpu", "cuda", "meta")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # In order of preference.
 BACKENDS = (
     Backend(
         "native", ("cpu",), NATIVE_OPS, dtypes=NATIVE_DTYPES, has_gradients=False, in_place=True, library="library"
     ),
+    Backend("triton", ("cuda",), OPS, ("triton",), "cuda", TRITON_DTYPES, has_gradients=False, in_place=True),
+    Backend("fla", ("cuda",), FLA_OPS, ("triton", "fla"), "cuda", TRITON_DTYPES),
     Backend("chunked", ANY_DEVICE, RECURRENT_OPS),
     Backend("reference", ANY_DEVICE, OPS),
 )
@@ -78,6 +85,13 @@ def backends(op: str) -> tuple[Backend, ...]:
     if op not in OPS:
         raise BackendError(f"unknown op {op!r}; choose from {', '.join(OPS)}")
     return tuple(backend for backend in BACKENDS if op in backend.ops)
+
+
+def after(name: str, op: str, x: Tensor) -> Op:
+    """What serves `op` on inputs like x, without gradients, were backend `name` and those before it not there."""
+    candidates = backends(op)
+    rest = candidates[[backend.name for backend in candidates].index(name) + 1 :]
+    return next(backend for backend in rest if backend.missing(x.device.type, x.dtype) is None).load(op)
 
 
 @cache

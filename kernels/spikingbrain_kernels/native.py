@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .layout import documents
+from .layout import by_token, documents, token_stride
 from .library import TYPES, address, library
 from .packed import KINDS, PANEL, CPacked, Packed
-from .slots import Slots
+from .slots import Slots, to_update
 
 # A row goes alone while the weights its spikes touch, summed over the rows, are fewer than this many whole matrices.
 BREAK_EVEN_ROWS = 1.5
@@ -63,8 +63,8 @@ def gated_linear(
 ) -> tuple[Tensor, Tensor | Slots]:
     """The recurrence of `reference.gated_linear`, the same bits however the tokens are cut into chunks."""
     tokens, starts = _layout(q, cu_seqlens, mask)
-    q, k, v, log_decay = (_by_token(x) for x in (q, k, v, log_decay))
-    state, pool, slots = _pool(state)
+    q, k, v, log_decay = (by_token(x) for x in (q, k, v, log_decay))
+    state, pool, slots = to_update(state)
     return _call("gated_linear_", _gated_linear, q, k, v, log_decay, pool, slots, tokens, starts, scale), state
 
 
@@ -87,10 +87,10 @@ def window_attention(
         first = positions[:, :1].reshape(-1) if q.shape[1] else starts[:-1] * 0
     else:
         first = documents(q.shape[0], q.shape[1], cu_seqlens, mask, q.device).first(positions)
-    q, k, v = (_by_token(x) for x in (q, k, v))
+    q, k, v = (by_token(x) for x in (q, k, v))
     pool, slots = None, None
     if state is not None:
-        state, pool, slots = _pool(state)
+        state, pool, slots = to_update(state)
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     args = (q, k, v, sinks, pool, slots, tokens, starts, first.contiguous(), window, scale)
     return _call("window_attention_", _window_attention, *args), state
@@ -116,6 +116,13 @@ def encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tenso
     return _call("encode_adaptive", _encode_adaptive, x.contiguous(), k, low, high)
 
 
+def rms_norm_encode(
+    x: Tensor, weight: Tensor, epsilon: float, k: float, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """The norm, then the counts and their scale."""
+    return encode_adaptive(rms_norm(x, weight, epsilon), k, low, high)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; each `[..., N]`."""
     first, second = _rows(gate), _rows(up)
@@ -131,7 +138,7 @@ def log_sigmoid(x: Tensor, divisor: float) -> Tensor:
 
 def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> Tensor:
     """Turn the pairs of x's heads by position * frequency."""
-    return _call("rotary", _rotary, _by_token(x), positions.contiguous(), frequencies, factor)
+    return _call("rotary", _rotary, by_token(x), positions.contiguous(), frequencies, factor)
 
 
 def _call(name: str, eager: Callable[..., Any], *args: Any) -> Any:
@@ -152,25 +159,10 @@ def _layout(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[
     return docs.tokens, torch.cat([docs.lengths.new_zeros(1), docs.lengths.cumsum(0)])
 
 
-def _by_token(x: Tensor) -> Tensor:
-    """x `[B, T, H, K]` with its heads contiguous and its tokens at equal distances."""
-    by_row = x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.stride(1) * x.shape[1]
-    heads = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
-    return x if by_row and heads else x.contiguous()
-
-
 def _rows(x: Tensor) -> Tensor:
     """x `[..., N]` as a matrix whose rows are contiguous."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _pool(state: Tensor | Slots) -> tuple[Tensor | Slots, Tensor, Tensor | None]:
-    """What to return as new state, the pool to write to, and the documents' slots in it (None: 0, 1, 2, ...)."""
-    if isinstance(state, Slots):
-        return state, state.pool, state.rows
-    state = state.clone(memory_format=torch.contiguous_format)
-    return state, state, None
 
 
 def _apply(x: Tensor, packed: Packed, scale: Tensor | None, bias: Tensor | None, counts: bool) -> Tensor:
@@ -182,8 +174,7 @@ def _apply(x: Tensor, packed: Packed, scale: Tensor | None, bias: Tensor | None,
 
 
 def _tokens(x: Tensor) -> _Tokens:
-    stride = x.stride(0) if x.shape[1] == 1 else x.stride(1)
-    return _Tokens(x.data_ptr(), TYPES[x.dtype], stride)
+    return _Tokens(x.data_ptr(), TYPES[x.dtype], token_stride(x))
 
 
 def _gated_linear(

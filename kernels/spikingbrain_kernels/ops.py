@@ -326,6 +326,13 @@ def encode_adaptive(
     return resolve("encode_adaptive", backend, x)(x, k, low, high)
 
 
+def rms_norm_encode(
+    x: Tensor, weight: Tensor, epsilon: float, *, k: float, low: float, high: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`encode_adaptive` of `rms_norm`: counts in x's type and their scale `[..., 1]`; one pass where it is fused."""
+    return resolve("rms_norm_encode", backend, x)(x, weight, epsilon, k, low, high)
+
+
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """silu(gate) * up (arXiv 2002.05202)."""
     return resolve("swiglu", backend, gate, up)(gate, up)

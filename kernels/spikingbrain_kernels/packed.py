@@ -83,7 +83,7 @@ def pack_codes(codes: Tensor, scale: Tensor) -> Packed:
 def _panels(weight: Tensor, scale: Tensor | None) -> Packed:
     out_features, in_features = weight.shape
     padded = out_features + -out_features % UNIT
-    flat = torch.zeros(padded * in_features, dtype=weight.dtype)
+    flat = torch.zeros(padded * in_features, dtype=weight.dtype, device=weight.device)
     for start in range(0, out_features, PANEL):
         panel = flat[start * in_features : min(start + PANEL, padded) * in_features].view(in_features, -1)
         rows = weight[start : start + PANEL]

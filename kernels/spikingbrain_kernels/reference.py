@@ -227,6 +227,13 @@ def encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tenso
     return (wide / scale).round().to(x.dtype), scale
 
 
+def rms_norm_encode(
+    x: Tensor, weight: Tensor, epsilon: float, k: float, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """The norm, then the counts and their scale."""
+    return encode_adaptive(rms_norm(x, weight, epsilon), k, low, high)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     return torch.nn.functional.silu(gate) * up

@@ -42,3 +42,11 @@ class Slots(NamedTuple):
 def make_slots(pool: Tensor, rows: list[int]) -> Slots:
     """`Slots` on the pool's own device."""
     return Slots(pool, torch.tensor(rows, device=pool.device))
+
+
+def to_update(state: Tensor | Slots) -> tuple[Tensor | Slots, Tensor, Tensor | None]:
+    """What to return as new state, the pool to write to, and the documents' slots in it (None: 0, 1, 2, ...)."""
+    if isinstance(state, Slots):
+        return state, state.pool, state.rows
+    state = state.clone(memory_format=torch.contiguous_format)
+    return state, state, None

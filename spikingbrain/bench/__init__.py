@@ -1,7 +1,8 @@
 """Benchmarks: one file a suite, found through the entry-point group `spikingbrain.benchmarks`.
 
 A suite is a module with a docstring (its help), `add_arguments(parser)` and `run(args) -> list[Row]`. It raises
-`ResultsDiffer` instead of giving figures of something that computes the wrong thing.
+`ResultsDiffer` instead of giving figures of something that computes the wrong thing. `machine()`, where it has one,
+names what it ran on.
 """
 
 import platform

@@ -1,6 +1,7 @@
 """What a suite found, as JSON, as a table and as a plot."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from . import Row
@@ -16,11 +17,12 @@ def table(rows: list[Row]) -> str:
 
 
 def write(folder: Path, suite: str, command: str, rows: list[Row]) -> None:
-    """`SUITE.json`, `SUITE.md` and `SUITE.png` in `folder`."""
+    """`SUITE.json`, `SUITE.md` and, where matplotlib is installed, `SUITE.png` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{suite}.json").write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
     (folder / f"{suite}.md").write_text(f"`{command}`\n\n{table(rows)}")
-    _plot(folder / f"{suite}.png", suite, rows)
+    if find_spec("matplotlib") is not None:
+        _plot(folder / f"{suite}.png", suite, rows)
 
 
 def _text(value: object) -> str:

@@ -50,7 +50,9 @@ def _backends(device: str) -> list[str]:
     lines = [f"backends on {device} (the first that can run serves the op)"]
     for op in OPS:
         states = [
-            f"{b.name}{'' if b.missing(device) is None else f' ({b.missing(device)})'}" for b in BACKENDS if op in b.ops
+            f"{b.name}{'' if b.missing(device) is None else f' ({b.missing(device)})'}"
+            for b in BACKENDS
+            if op in b.ops and device in b.devices
         ]
         lines.append(f"  {op}: {', '.join(states)}")
     return lines

@@ -1,8 +1,12 @@
 """Every backend of every op against the reference: outputs, final state, gradients, ragged batches, pools."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import relative_rms
+from devices import backends as table
+from devices import device_of
 
 import spikingbrain_kernels as kernels
 from spikingbrain_kernels import (
@@ -88,12 +92,27 @@ def assert_same(results, references, tolerance):
 
 
 def able(dtype, needs_gradients=False):
-    return [(op, b.name) for op in RECURRENT_OPS for b in backends(op) if not b.missing("cpu", dtype, needs_gradients)]
+    return [
+        (op, backend.name)
+        for op in RECURRENT_OPS
+        for backend in backends(op)
+        if not backend.missing(device_of(backend.name), dtype, needs_gradients)
+    ]
 
 
 BACKENDS = able(torch.float32)
 OPTIMISED = [(op, name) for op, name in BACKENDS if name != "reference"]
 DIFFERENTIABLE = [(op, name) for op, name in able(torch.float64, needs_gradients=True) if name != "reference"]
+
+
+@pytest.fixture(autouse=True)
+def _device(request):
+    """Tensors of a test lie where its backend runs."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    with torch.device(device_of(parameters.get("backend"))):
+        yield
+
+
 LENGTHS = [1, 3, 15, 16, 17, 63, 64, 65, 100, 130]
 
 
@@ -162,14 +181,14 @@ def test_a_fully_masked_row_keeps_its_state(op, backend):
     assert torch.equal(call(op, tensors, backend, state=state, mask=mask)[1][1], state[1])
 
 
-CU_SEQLENS = torch.tensor([0, 3, 40, 40, 105, 110])
+CU_SEQLENS = [0, 3, 40, 40, 105, 110]
 
 
 @pytest.mark.parametrize(("op", "backend"), BACKENDS)
 def test_packed_documents_equal_separate_ones(op, backend):
     tensors = inputs(op, 1, 110)
     state = state_of(op, 5)
-    out, after = call(op, tensors, backend, state=state, cu_seqlens=CU_SEQLENS)
+    out, after = call(op, tensors, backend, state=state, cu_seqlens=torch.tensor(CU_SEQLENS))
     for number, (start, end) in enumerate(zip(CU_SEQLENS, CU_SEQLENS[1:], strict=False)):
         if start == end:
             assert torch.equal(after[number], state[number])
@@ -185,7 +204,9 @@ def test_perturbing_one_document_changes_no_bit_of_another(op, backend):
     other = [t.clone() for t in tensors]
     for t in cut(other, slice(None), slice(3, 40)):
         t -= 1 if t.dim() > 2 else 0
-    outs = [call(op, x, backend, state=state_of(op, 5) * 0, cu_seqlens=CU_SEQLENS) for x in (tensors, other)]
+    outs = [
+        call(op, x, backend, state=state_of(op, 5) * 0, cu_seqlens=torch.tensor(CU_SEQLENS)) for x in (tensors, other)
+    ]
     assert torch.equal(outs[0][0][:, 40:], outs[1][0][:, 40:])
     assert torch.equal(outs[0][0][:, :3], outs[1][0][:, :3])
     assert torch.equal(outs[0][1][[0, 2, 3, 4]], outs[1][1][[0, 2, 3, 4]])
@@ -237,6 +258,14 @@ def test_unknown_names_and_wrong_shapes_are_errors_that_name_the_choices():
         lif_scan(q[:, :, 0], tau=0.5, v_th=1.0, v_reset=0.0, decay_input=True)
     with pytest.raises(ValueError, match="weight"):
         short_conv(q[:, :, 0], q[0, 0])
+
+
+def test_a_backend_asked_for_and_missing_says_how_to_get_it(monkeypatch):
+    (fla,) = (backend for backend in table.BACKENDS if backend.name == "fla")
+    monkeypatch.setattr(table, "BACKENDS", (replace(fla, devices=("cpu",), requires=("not_there",)),))
+    q, k, v, decay = inputs("gated_linear", 1, 5)
+    with pytest.raises(BackendError, match=r"fla needs not_there: pip install 'spikingbrain\[cuda\]'"):
+        gated_linear(q, k, v, decay, scale=1.0, backend="fla")
 
 
 def test_the_delta_rule_replaces_what_is_stored_under_a_key():

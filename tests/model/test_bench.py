@@ -6,9 +6,10 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
+from conftest import Asks
 
 from spikingbrain import InputError
-from spikingbrain.bench import ResultsDiffer, machine, models, report, require_close
+from spikingbrain.bench import ResultsDiffer, gpu, machine, models, report, require_close
 from spikingbrain.files import write_json
 from spikingbrain_kernels.library import missing
 
@@ -84,3 +85,56 @@ def test_a_config_of_another_kind_is_refused(tmp_path):
     write_json(tmp_path / "qwen.json", {"model_type": "qwen2"})
     with pytest.raises(InputError, match="not a config of ours"):
         models.ours(tmp_path / "qwen.json", "fp32", None)
+
+
+def test_without_a_gpu_its_suite_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    parser = argparse.ArgumentParser()
+    gpu.add_arguments(parser)
+    with pytest.raises(InputError, match="needs a CUDA device"):
+        gpu.run(parser.parse_args([]))
+
+
+def test_times_to_the_first_token_say_what_was_measured_and_what_fitted():
+    softmax = {n: 1e-6 * n + 1e-10 * n**2 for n in (1000, 2000, 4000)}
+    rows = gpu.first_token_rows({500: 0.1, 1000: 0.2, 4000: 0.8, 8000: 1.6}, softmax, 4, 28)
+    assert [(row["tokens"], row["softmax from"]) for row in rows] == [
+        (1000, "4 layers, scaled"),
+        (4000, "4 layers, scaled"),
+        (8000, "fitted to 3 lengths"),
+    ]
+    assert rows[1]["softmax s"] == pytest.approx(7 * softmax[4000])
+    assert rows[2]["softmax s"] == pytest.approx(7 * (1e-6 * 8000 + 1e-10 * 8000**2))
+    assert rows[2]["softmax / ours"] == pytest.approx(rows[2]["softmax s"] / 1.6)
+
+
+def test_lengths_that_did_not_fit_into_memory_are_named_and_one_length_is_not_fitted():
+    rows = gpu.first_token_rows({1000: 0.2, 4000: 0.8}, {1000: 0.1, 4000: None}, 4, 28)
+    assert rows[0] == {"what": gpu.PEER, "tokens": 4000, "softmax from": "out of memory"}
+    assert "not fitted" in rows[1]["what"]
+
+
+@pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
+@torch.inference_mode()
+def test_a_decode_step_of_the_model_could_be_captured_and_reads_at_least_its_weights(shape):
+    model = models.ours(shape, "bf16", None)
+    step = gpu.decoder(model, 3, "cpu")
+    step()
+    with Asks() as asks:
+        logits = step()
+    assert asks.found == []
+    assert logits.shape == (3, 64)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    # Per sequence: two states of 8 x 8 in fp32 read and written, a ring of 16 keys and values in bf16 read.
+    states = 2 * (2 * 8 * 8 * 4) + 16 * 2 * 2 * 8 * 2
+    assert gpu.moved_bytes(model, 3) == weights - 64 * 32 * 2 + 3 * states
+
+
+@torch.inference_mode()
+def test_a_prompt_read_in_chunks_gives_the_models_logits(shape):
+    model = models.ours(shape, "fp32", None)
+    torch.manual_seed(5)
+    tokens = torch.randint(0, 64, (1, 70))
+    torch.manual_seed(5)
+    logits = gpu.read(model, 70, 32, "cpu")
+    assert torch.allclose(logits, model(tokens).logits[:, -1], atol=1e-4)

@@ -1,0 +1,259 @@
+"""One CUDA GPU, the 7B shape in bf16: kernels against fp64, decoding in a CUDA graph, prompts up to a million tokens.
+
+The softmax model of the same sizes is measured on a few layers and scaled; its longest prompt is fitted. What needs a
+package that is not here is skipped by name.
+"""
+
+import argparse
+import copy
+import re
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikingbrain_kernels import gated_delta, gated_linear, pack, spike_linear, window_attention, wkv
+from spikingbrain_kernels.backends import backends
+
+from ..errors import InputError
+from ..state import StatePool
+from . import Row, require_close
+from .models import ours, qwen2
+
+HEADS, GROUPS, WIDTH, WINDOW = 28, 4, 128, 4096
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+PEER = "Qwen2, softmax"
+Call = Callable[[str, Callable[[Tensor], Tensor]], Tensor]
+OPTIONAL = {"fla": "flash-linear-attention: pip install 'spikingbrain[cuda]'"}
+
+
+def machine() -> str:
+    """The GPU, as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model CONFIG --layers N --batch N --lengths N ... --peer-lengths N ... --peer-layers N --chunk N"""
+    parser.add_argument("--model", default="configs/models/spikingbrain-7b-shape.json", help="config file of the shape")
+    parser.add_argument("--layers", type=int, help="use only so many layers")
+    parser.add_argument("--batch", type=int, default=64, help="sequences of the decode step")
+    parser.add_argument("--chunk", type=int, default=16384, help="tokens of a prompt read at once")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1 << n for n in (14, 16, 17, 18, 19, 20)])
+    parser.add_argument("--peer-lengths", type=int, nargs="+", default=[1 << n for n in (17, 18, 19)])
+    parser.add_argument("--peer-layers", type=int, default=4, help="layers of the softmax model")
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> list[Row]:
+    """Rows of every part; raises `InputError` where there is no CUDA device, `ResultsDiffer` for wrong kernels."""
+    if not torch.cuda.is_available():
+        raise InputError("bench gpu needs a CUDA device, and torch finds none here")
+    torch.manual_seed(0)
+    rows: list[Row] = [{"what": torch.cuda.get_device_name(), "torch": torch.__version__}, *kernel_rows("cuda")]
+    rows += _chunk_rows(args.chunk)
+    with torch.device("cuda"):
+        model = ours(args.model, "bf16", args.layers)
+    rows += _decode_rows(model, args.batch)
+    read(model, args.chunk, args.chunk)  # compiles what the first prompt would otherwise wait for
+    mine = {length: _seconds(partial(read, model, length, args.chunk), repeats=1) for length in args.lengths}
+    rows += [
+        {"what": "prompt", "tokens": length, "s": took, "tokens/s": length / took} for length, took in mine.items()
+    ]
+    layers, config = model.config.num_hidden_layers, model.config
+    del model
+    torch.cuda.empty_cache()
+    softmax = _softmax_times(config, args.peer_layers, args.peer_lengths)
+    return rows + first_token_rows(mine, softmax, args.peer_layers, layers)
+
+
+def kernel_rows(device: str) -> list[Row]:
+    """The error of each Triton kernel, for inputs in fp32 and bf16, against the reference in fp64."""
+    rows: list[Row] = []
+    for dtype, tolerance in TOLERANCE.items():
+        for name, call in _calls(dtype, device).items():
+            error = require_close(name, call("triton", lambda x: x), call("reference", _double), tolerance)
+            rows.append({"what": name, "inputs": str(dtype).removeprefix("torch."), "error": error})
+    return rows
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _calls(dtype: torch.dtype, device: str) -> dict[str, Call]:
+    """Calls `(backend, cast of the inputs)` of the ops on inputs of `dtype`."""
+    packed, scale = pack(torch.randn(640, 512, device=device), "int8"), torch.rand(9, 1, device=device)
+    counts = torch.randint(-9, 10, (9, 512), device=device).to(dtype)
+    calls: dict[str, Call] = {
+        "spike_linear, int8": lambda name, cast: spike_linear(cast(counts), scale, packed, backend=name)
+    }
+    for length in (1, 50):
+        calls |= {f"{op}, {length} tokens": call for op, call in _recurrent_calls(length, dtype, device).items()}
+    return calls
+
+
+def _recurrent_calls(length: int, dtype: torch.dtype, device: str) -> dict[str, Call]:
+    q, k, v = (torch.randn(2, length, n, WIDTH, device=device).to(dtype) for n in (HEADS, GROUPS, GROUPS))
+    k = (k / k.norm(dim=-1, keepdim=True)).to(dtype)
+    decay, beta = -torch.rand(2, length, GROUPS, WIDTH, device=device), torch.rand(2, length, GROUPS, 1, device=device)
+    x, channel = torch.randn(2, length, 300, device=device).to(dtype), torch.randn(300, device=device)
+    positions = torch.arange(length, device=device).expand(2, -1)
+    scale = WIDTH**-0.5
+    linear, delta, channels = (q, k, v, decay), (q, k, v, beta, decay[..., :1]), (x, x, channel, channel)
+    return {
+        "gated_linear": lambda name, cast: gated_linear(*map(cast, linear), scale=scale, backend=name)[0],
+        "gated_delta": lambda name, cast: gated_delta(*map(cast, delta), scale=scale, backend=name)[0],
+        "wkv": lambda name, cast: wkv(*map(cast, channels), backend=name)[0],
+        "window_attention": lambda name, cast: window_attention(
+            *map(cast, (q, k, v)), window=30, positions=positions, backend=name
+        )[0],
+    }
+
+
+def _seconds(call: Callable[[], object], *, repeats: int) -> float:
+    """The median time of `call()` on the GPU, after one that is not counted where there are several."""
+    if repeats > 1:
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[repeats // 2]
+
+
+def _bandwidth(size: int = 4 << 30) -> float:
+    """Bytes a second read from the GPU's memory: the best of ten sums over `size` bytes."""
+    memory = torch.ones(size // 4, device="cuda")
+    return size / min(_seconds(memory.sum, repeats=3) for _ in range(10))
+
+
+def _chunk_rows(length: int) -> list[Row]:
+    """One prompt of one layer: heads in groups, against FLA's kernel with what they share repeated."""
+    q, k, v = (torch.randn(1, length, n, WIDTH, device="cuda", dtype=torch.bfloat16) for n in (HEADS, GROUPS, GROUPS))
+    decay = -torch.rand(1, length, GROUPS, WIDTH, device="cuda")
+    rows: list[Row] = []
+    for backend in backends("gated_linear"):
+        if "cuda" not in backend.devices or backend.name == "reference":
+            continue
+        if any(find_spec(package) is None for package in backend.requires):
+            rows.append({"what": f"chunks, {backend.name}: needs {OPTIONAL.get(backend.name, backend.name)}, skipped"})
+            continue
+        call = partial(gated_linear, q, k, v, decay, scale=WIDTH**-0.5, backend=backend.name)
+        took = _seconds(call, repeats=10)
+        rows.append({"what": f"chunks, {backend.name}", "tokens": length, "us": took * 1e6})
+    times = {row["what"]: row["us"] for row in rows if "us" in row}
+    return [{**row, "of triton": row["us"] / times["chunks, triton"]} if "us" in row else row for row in rows]
+
+
+def _decode_rows(model: Any, batch: int) -> list[Row]:
+    """One token of `batch` sequences with full windows, in a CUDA graph, their slots in no order."""
+    roof = _bandwidth()
+    step = decoder(model, batch, "cuda")
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    took = _seconds(graph.replay, repeats=30)
+    moved = moved_bytes(model, batch)
+    figures = {
+        "ms": took * 1e3,
+        "tokens/s": batch / took,
+        "GB/s": moved / took / 1e9,
+        "of read roof": moved / took / roof,
+    }
+    return [{"what": "memory read", "GB/s": roof / 1e9}, {"what": f"decode step, batch {batch}", **figures}]
+
+
+def decoder(model: Any, batch: int, device: str) -> Callable[[], Tensor]:
+    """The step that gives the logits of one token more, over a pool of states as after two windows of tokens."""
+    pool = StatePool(model.state_specs(), batch, device)
+    slots = [pool.allocate() for _ in range(batch)]
+    states = pool.states([slots[i] for i in torch.randperm(batch, device="cpu").tolist()])
+    for layer in states:
+        values: list[Any] = list(layer.values())
+        for state in values:
+            state.pool.normal_(std=0.1)
+    tokens = torch.full((batch, 1), 5, device=device)
+    positions = torch.full((batch, 1), 2 * model.config.window, device=device)
+
+    def step() -> Tensor:
+        hidden, _ = model.step(tokens, states, positions=positions)
+        return model.lm_head(hidden[:, -1])
+
+    return step
+
+
+def moved_bytes(model: Any, batch: int) -> int:
+    """Bytes that a decode step cannot do without: weights once, rings read, recurrent states read and written."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if not model.config.tie_word_embeddings:
+        weights -= model.get_input_embeddings().weight.nbytes
+    times = {"recurrent": 2, "conv": 2, "ring": 1, "growing": 1}
+    specs = [spec for layer in model.state_specs() for spec in layer]
+    states = sum(spec.allocate(1, "meta").nbytes * times[spec.kind] for spec in specs)
+    return weights + batch * states
+
+
+def read(model: Any, length: int, chunk: int, device: str = "cuda") -> Tensor:
+    """The logits after a prompt of `length` tokens, read `chunk` tokens at a time over a pool of one slot."""
+    tokens = torch.randint(0, model.config.vocab_size, (1, length), device=device)
+    pool = StatePool(model.state_specs(), 1, device)
+    states = pool.states([pool.allocate()])
+    for start, part in zip(range(0, length, chunk), tokens.split(chunk, 1), strict=True):
+        positions = torch.arange(start, start + part.shape[1], device=device)[None]
+        hidden, _ = model.step(part, states, positions=positions)
+    return model.lm_head(hidden[:, -1])
+
+
+def _softmax_times(config: Any, layers: int, lengths: list[int]) -> dict[int, float | None]:
+    """Seconds of a prompt for the softmax model with so many layers; None where memory did not suffice."""
+    small = copy.copy(config)
+    small.num_hidden_layers = layers
+    with torch.device("cuda"):
+        peer = qwen2(small, "bf16")
+    times: dict[int, float | None] = {}
+    for length in lengths:
+        tokens = torch.randint(0, config.vocab_size, (1, length), device="cuda")
+        try:
+            times[length] = _seconds(partial(peer, tokens, logits_to_keep=1), repeats=3)
+        except torch.OutOfMemoryError:
+            times[length] = None
+        torch.cuda.empty_cache()
+    return times
+
+
+def first_token_rows(
+    mine: dict[int, float], softmax: dict[int, float | None], measured_layers: int, layers: int
+) -> list[Row]:
+    """Time to first token at our lengths from the softmax model's shortest on: measured and scaled, or fitted."""
+    rows: list[Row] = [
+        {"what": PEER, "tokens": n, "softmax from": "out of memory"} for n, took in softmax.items() if took is None
+    ]
+    scaled = {n: took * layers / measured_layers for n, took in softmax.items() if took is not None}
+    if len(scaled) < 2:
+        return [*rows, {"what": f"{PEER}: fewer than two lengths measured, not fitted"}]
+    for length, took in mine.items():
+        if length < min(scaled):
+            continue
+        origin = f"{measured_layers} layers, scaled" if length in scaled else f"fitted to {len(scaled)} lengths"
+        theirs = scaled.get(length) or fitted(scaled, length)
+        figures = {"s": took, "softmax s": theirs, "softmax / ours": theirs / took}
+        rows.append({"what": "time to first token", "tokens": length, **figures, "softmax from": origin})
+    return rows
+
+
+def fitted(times: dict[int, float], length: int) -> float:
+    """a n + b n^2 at n = `length`, a and b fitted to `times` by least squares of the relative error."""
+    lengths = torch.tensor(list(times), dtype=torch.float64)
+    seconds = torch.tensor(list(times.values()), dtype=torch.float64)
+    terms = torch.stack([lengths, lengths**2], dim=1)
+    solution = torch.linalg.lstsq(terms / seconds[:, None], torch.ones_like(seconds)[:, None]).solution[:, 0]
+    return float(solution[0] * length + solution[1] * length**2)
