@@ -51,8 +51,8 @@ class SpikingBrainConfig(PreTrainedConfig):
     gate: `{rank, normalizer, feature_map, tied}` of gated linear attention; rank None is one dense projection;
     `{"tied": true}` takes the decay from the key, 1 - sigmoid(k), and has no gate.
     moe: `{num_experts, top_k, num_shared, score, aux_loss, bias_rate}` of the layers whose channel mixer is "moe", None
-    without any: routed experts, how many of them a token is sent to, experts all tokens are sent to, "softmax" or
-    "sigmoid" of the router, weight of the balance loss, step of the loss-free balance.
+    without any: routed experts, how many of them a token is sent to at most, experts all tokens are sent to, "softmax",
+    "sigmoid" or "spike" of the router, weight of the balance loss, step of the loss-free balance.
     norm: `rms_norm`, `simple_rms_norm` (no weight) or `layer_norm`, before every block and the head. conv_size: taps of
     mixers with a short convolution. embedding_norm: a norm after the embedding. spike_embedding: only the embedding's
     signs are used. lif: None, or `{tau, v_th, v_reset, decay_input}`: every block's output passes spiking neurons.
@@ -161,7 +161,7 @@ def check_moe(moe: dict[str, Any], channel_mixers: list[str]) -> None:
         "num_experts": type(experts) is int and experts >= 1,
         "top_k": type(moe["top_k"]) is int and type(experts) is int and 1 <= moe["top_k"] <= experts,
         "num_shared": type(moe["num_shared"]) is int and moe["num_shared"] >= 0,
-        "score": moe["score"] in ("softmax", "sigmoid"),
+        "score": moe["score"] in ("softmax", "sigmoid", "spike"),
         "aux_loss": type(moe["aux_loss"]) in (int, float) and moe["aux_loss"] >= 0,
         "bias_rate": type(moe["bias_rate"]) in (int, float) and moe["bias_rate"] >= 0,
     }
@@ -169,7 +169,7 @@ def check_moe(moe: dict[str, Any], channel_mixers: list[str]) -> None:
     if wrong:
         raise InputError(
             f"moe: {', '.join(wrong)}; needs integers num_experts >= top_k >= 1 and num_shared >= 0, "
-            "score softmax or sigmoid, aux_loss and bias_rate >= 0"
+            "score softmax, sigmoid or spike, aux_loss and bias_rate >= 0"
         )
 
 

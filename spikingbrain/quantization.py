@@ -14,7 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spikingbrain_kernels.quantized import Int8Weight, quantize, spike_linear
+from spikingbrain_kernels.quantized import INT8, Int8Weight, quantize, spike_linear
 
 from . import registry
 from .errors import InputError
@@ -112,6 +112,40 @@ class Int8Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+@torch.no_grad()
+def quantize_projections(model: Any) -> Any:
+    """Round the spiking projections of `model` to int8 in groups of 128 inputs, in place, and give it back.
+
+    The largest weight of a group gets the code 127. Projections whose inputs are not whole groups stay as they are and
+    are named in the config. Raises `InputError` where none is.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, MixerBlock)]
+    found = [(block, name, block.get_submodule(name)) for block in blocks for name in block.projections]
+    exclude = {name for _, name, linear in found if not _can_be_int8(linear)}
+    chosen = [(block, name, linear) for block, name, linear in found if name not in exclude]
+    if not chosen:
+        raise InputError(f"int8 weights: no spiking projection has whole groups of {GROUP_SIZE} inputs")
+    for block, name, linear in chosen:
+        setattr(block, name, _quantized(linear))
+    config = {"quant_method": METHOD, "group_size": GROUP_SIZE, "exclude": sorted(exclude)}
+    model.config.quantization_config = config
+    return model
+
+
+def _can_be_int8(linear: Any) -> bool:
+    return isinstance(linear, SpikingLinear) and linear.in_features % GROUP_SIZE == 0
+
+
+def _quantized(linear: SpikingLinear) -> QuantizedLinear:
+    groups = linear.weight.float().unflatten(1, (-1, GROUP_SIZE))
+    scale = groups.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / INT8.max
+    made = QuantizedLinear(linear.in_features, linear.out_features, linear.bias is not None, GROUP_SIZE, 0)
+    made.weight.copy_(quantize(linear.weight, scale).codes)
+    made.weight_scale.copy_(scale)
+    made.bias = linear.bias
+    return made
 
 
 def int8_tensors(name: str, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
