@@ -25,9 +25,10 @@ from .config import SpikingBrainConfig
 from .errors import InputError
 from .evaluation import pieces
 from .files import new_directory
+from .integer import ternary
 from .neurons import Observation
 from .quantization import quantize_projections
-from .spiking import SpikeEncoder, SpikingLinear, encoders, ternary
+from .spiking import SpikeEncoder, SpikingLinear, encoders
 
 # Values kept of all encoders together; the quantiles of more would be no better.
 MAX_SAMPLES = 20_000_000

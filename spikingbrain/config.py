@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from . import registry
 from .errors import InputError
+from .integer import WEIGHTS
 
 GATE_DEFAULTS = {"rank": 16, "normalizer": 16.0, "feature_map": "relu", "tied": False}
 # Decay = 1 - k needs k in (0, 1) and no gate of its own.
@@ -21,7 +22,14 @@ MOE_DEFAULTS: dict[str, Any] = {
     "bias_rate": 0.0,
 }
 LIF_DEFAULTS = {"tau": 2.0, "v_th": 1.0, "v_reset": 0.0, "decay_input": True}
-SPIKING_DEFAULTS: dict[str, Any] = {"neuron": "adaptive", "code": "bitwise", "params": {}, "exclude": []}
+SPIKING_DEFAULTS: dict[str, Any] = {
+    "neuron": "adaptive",
+    "code": "bitwise",
+    "params": {},
+    "exclude": [],
+    "weights": "float",
+    "gain": None,
+}
 
 # Keys that transformers itself writes into config.json or passes on.
 HUGGING_FACE_KEYS = {
@@ -56,7 +64,9 @@ class SpikingBrainConfig(PreTrainedConfig):
     norm: `rms_norm`, `simple_rms_norm` (no weight) or `layer_norm`, before every block and the head. conv_size: taps of
     mixers with a short convolution. embedding_norm: a norm after the embedding. spike_embedding: only the embedding's
     signs are used. lif: None, or `{tau, v_th, v_reset, decay_input}`: every block's output passes spiking neurons.
-    spiking: None, or `{neuron, code, params, exclude}`; `exclude` names projections that stay dense.
+    spiking: None, or `{neuron, code, params, exclude, weights, gain}`; `exclude` names projections that stay dense;
+    `weights` of the others: "float", "ternary" or "wage"; `gain`: the norms before neurons with a fixed threshold v_th
+    start at gain v_th (tdBN, arXiv 2011.05280), which sets how often a model that starts from scratch fires.
 
     Raises `InputError` for an unknown key or name.
     """
@@ -113,6 +123,8 @@ class SpikingBrainConfig(PreTrainedConfig):
         if self.spiking is not None:
             self.spiking = _fill("spiking", self.spiking, SPIKING_DEFAULTS)
             check_spiking(self.spiking)
+            if self.spiking["gain"] is not None and self.norm == "simple_rms_norm":
+                raise InputError("spiking.gain is where norms with a weight start; simple_rms_norm has none")
         if self.window < 1:
             raise InputError(f"window must be at least 1, got {self.window}")
         if self.num_sinks < 0:
@@ -181,6 +193,11 @@ def check_spiking(spiking: dict[str, Any]) -> None:
         neuron = make(1, **spiking["params"])
     except TypeError as error:
         raise InputError(f"spiking.params do not fit neuron {spiking['neuron']!r}: {error}") from None
+    if spiking["weights"] not in WEIGHTS:
+        raise InputError(f"unknown weights {spiking['weights']!r} in spiking; choose from {', '.join(WEIGHTS)}")
+    gain = spiking["gain"]
+    if gain is not None and not (type(gain) in (int, float) and gain > 0 and hasattr(neuron, "v_th")):
+        raise InputError(f"spiking.gain is above 0, for a neuron with a fixed threshold; got {gain!r}")
     if neuron.signed and not code.SIGNED:
         signed = [name for name in registry.names("codes") if registry.load("codes", name).SIGNED]
         raise InputError(

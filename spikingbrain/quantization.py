@@ -139,10 +139,11 @@ def _can_be_int8(linear: Any) -> bool:
 
 
 def _quantized(linear: SpikingLinear) -> QuantizedLinear:
-    groups = linear.weight.float().unflatten(1, (-1, GROUP_SIZE))
+    weight = linear.reading(linear.weight.float())
+    groups = weight.unflatten(1, (-1, GROUP_SIZE))
     scale = groups.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / INT8.max
     made = QuantizedLinear(linear.in_features, linear.out_features, linear.bias is not None, GROUP_SIZE, 0)
-    made.weight.copy_(quantize(linear.weight, scale).codes)
+    made.weight.copy_(quantize(weight, scale).codes)
     made.weight_scale.copy_(scale)
     made.bias = linear.bias
     return made

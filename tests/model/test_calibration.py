@@ -8,8 +8,9 @@ from spikingbrain import InputError, record_spikes
 from spikingbrain.calibration import calibrate, check_target, spiking_model, turn_on_spikes
 from spikingbrain.checkpoint import load_model
 from spikingbrain.energy import Constants, energy_table
+from spikingbrain.integer import ternary
 from spikingbrain.quantization import quantize_projections
-from spikingbrain.spiking import SpikingLinear, collect_silence, encoders, ternary, weights_read_by
+from spikingbrain.spiking import SpikingLinear, collect_silence, encoders, weights_read_by
 from spikingbrain.statistics import recorded_statistics
 from spikingbrain_kernels.quantized import dequantize
 
