@@ -72,7 +72,7 @@ class UnquantizedLinear(nn.Linear):
 @register_quantization_config(METHOD)
 @dataclass
 class Int8Config(QuantizationConfigMixin):
-    """`group_size`: inputs that share a scale. `exclude`: names of projections that are not quantised."""
+    """`group_size`: inputs that share a scale. `exclude`: names, or their last parts, of what is not quantised."""
 
     quant_method: str = METHOD  # type: ignore[assignment]
     group_size: int = GROUP_SIZE
@@ -98,7 +98,7 @@ class Int8Quantizer(HfQuantizer):
     def _replacement(self, name: str, linear: Any, sizes: dict[str, list[int]]) -> nn.Module:
         config: Any = self.quantization_config
         shape = (linear.in_features, linear.out_features, linear.bias is not None)
-        if name.rpartition(".")[2] in config.exclude:
+        if any(f".{name}".endswith(f".{end}") for end in config.exclude):
             scale = sizes.get(f"{name}.weight_scale")
             return linear if scale is None else UnquantizedLinear(*shape, scale[1])
         if not isinstance(linear, SpikingLinear):
@@ -121,16 +121,15 @@ def quantize_projections(model: Any) -> Any:
     The largest weight of a group gets the code 127. Projections whose inputs are not whole groups stay as they are and
     are named in the config. Raises `InputError` where none is.
     """
-    blocks = [module for module in model.modules() if isinstance(module, MixerBlock)]
-    found = [(block, name, block.get_submodule(name)) for block in blocks for name in block.projections]
-    exclude = {name for _, name, linear in found if not _can_be_int8(linear)}
-    chosen = [(block, name, linear) for block, name, linear in found if name not in exclude]
-    if not chosen:
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, MixerBlock)}
+    found = {f"{place}.{name}": (block, name) for place, block in blocks.items() for name in block.projections}
+    exclude = [name for name, (block, part) in found.items() if not _can_be_int8(block.get_submodule(part))]
+    if len(exclude) == len(found):
         raise InputError(f"int8 weights: no spiking projection has whole groups of {GROUP_SIZE} inputs")
-    for block, name, linear in chosen:
-        setattr(block, name, _quantized(linear))
-    config = {"quant_method": METHOD, "group_size": GROUP_SIZE, "exclude": sorted(exclude)}
-    model.config.quantization_config = config
+    for name, (block, part) in found.items():
+        if name not in exclude:
+            setattr(block, part, _quantized(block.get_submodule(part)))
+    model.config.quantization_config = {"quant_method": METHOD, "group_size": GROUP_SIZE, "exclude": exclude}
     return model
 
 
