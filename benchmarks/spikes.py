@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -31,6 +32,7 @@ CALIBRATED = (0.3, 0.5, 0.65, 0.8)
 BASELINE = "adaptive k=3"
 
 Runs = dict[str, list[dict[str, Any]]]
+Call = Callable[[], dict[str, Any]]
 
 
 class Bench:
@@ -84,7 +86,7 @@ class Bench:
             self.command(name, "train", CONFIG, f"out={out}", f"seed={seed}", *size, *places, *settings)
         return self.measure(name, out / "model")
 
-    def together(self, calls: dict[str, list[Callable[[], dict[str, Any]]]]) -> Runs:
+    def together(self, calls: dict[str, list[Call]]) -> Runs:
         """What the calls return, `jobs` of them at a time."""
         with ThreadPoolExecutor(self.args.jobs) as pool:
             futures = {name: [pool.submit(call) for call in row] for name, row in calls.items()}
@@ -92,15 +94,14 @@ class Bench:
 
     def trained(self) -> Runs:
         """`adaptive` and both targets of `dead_zone`, a row a seed; thresholds start where the target is met."""
-        calls: dict[str, list[Callable[[], dict[str, Any]]]] = {BASELINE: []}
+        calls: dict[str, list[Call]] = {}
         for seed in range(self.args.seeds):
-            calls[BASELINE].append(lambda s=seed: self.train(f"adaptive-k3-{s}", self.model, s, *plain("adaptive")))
+            run = partial(self.train, f"adaptive-k3-{seed}", self.model, seed, *plain("adaptive"))
+            calls.setdefault(BASELINE, []).append(run)
             for target in TARGETS:
-                start = self.silent(target)
                 wanted = [f"silence.target={target + MARGIN}", "silence.ramp=0"]
-                name = f"dead_zone-{target * 100:.0f}-{seed}"
-                call = lambda n=name, f=start, s=seed, w=wanted: self.train(n, f, s, *w)  # noqa: E731
-                calls.setdefault(f"dead_zone {target:.0%}", []).append(call)
+                run = partial(self.train, f"dead_zone-{target * 100:.0f}-{seed}", self.silent(target), seed, *wanted)
+                calls.setdefault(f"dead_zone {target:.0%}", []).append(run)
         return self.together(calls)
 
     def silent(self, target: float) -> Path:
@@ -111,25 +112,18 @@ class Bench:
     def others(self) -> Runs:
         """`trained`, and one seed of every other neuron."""
         names = [name for name in registry.names("neurons") if name not in ("adaptive", "dead_zone")]
-
-        def run(name: str) -> dict[str, Any]:
-            return self.train(f"{name}-0", self.calibrate(name), 0, *plain(name))
-
-        return self.trained() | self.together({name: [lambda n=name: run(n)] for name in names})
+        calls = {n: [partial(self.train, f"{n}-0", self.calibrate(n), 0, *plain(n))] for n in names}
+        return self.trained() | self.together(calls)
 
     def untrained(self) -> Runs:
         """`adaptive` at k = 2 to 4, as in the paper's Table 11, and `dead_zone` calibrated to shares of silence."""
-
-        def at_k(k: float) -> dict[str, Any]:
+        calls: dict[str, list[Call]] = {"dense": [partial(self.measure, "untrained-dense", self.model)]}
+        for k in KS:
             start = self.calibrate("adaptive", "--set", f"k={k}", name=f"k{k}")
-            return self.measure(f"untrained-k{k}", start)
-
-        def at_silence(target: float) -> dict[str, Any]:
-            return self.measure(f"untrained-silent-{target * 100:.0f}", self.silent(target))
-
-        dense: Callable[[], dict[str, Any]] = lambda: self.measure("untrained-dense", self.model)  # noqa: E731
-        calls = {"dense": [dense]} | {f"adaptive k={k}": [lambda k=k: at_k(k)] for k in KS}
-        calls |= {f"dead_zone {t:.0%}": [lambda t=t: at_silence(t)] for t in CALIBRATED}
+            calls[f"adaptive k={k}"] = [partial(self.measure, f"untrained-k{k}", start)]
+        for target in CALIBRATED:
+            name = f"untrained-silent-{target * 100:.0f}"
+            calls[f"dead_zone {target:.0%}"] = [partial(self.measure, name, self.silent(target))]
         return self.together(calls)
 
     def readings(self) -> dict[str, Any]:
