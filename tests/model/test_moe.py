@@ -111,7 +111,7 @@ def test_an_expert_that_does_not_fire_is_not_computed():
     assert (
         relative_rms(alone[0], layer.shared[0](x[None], {}, positions=None, cu_seqlens=None, mask=None)[0][0]) < EXACT
     )
-    assert float(balance_loss(layer.router(x), 2)) == 0
+    assert float(balance_loss_of(layer.router(x), 2)) == 0
 
 
 @torch.no_grad()
