@@ -12,7 +12,7 @@ SUITE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 .PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench \
   bench-train-gpu bench-spikes bench-spikes-all soak soak-training soak-serving bench-gpu test-triton \
-  compile-triton clean
+  compile-triton test-oracles bench-firing clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -102,6 +102,12 @@ soak-serving: setup ## load, cancellation, fuzz and long sessions against the se
 	mkdir -p benchmarks/results
 	$(BIN)/python -m tests.serving.soak --out benchmarks/results/soak-serving.json
 
+test-oracles:    ## against spikingjelly, snntorch, nir and neurobench, in an environment of its own
+	$(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-oracles/bin/pip install -q torch==$(TORCH)
+	.venv-oracles/bin/pip install -q -e . pytest nir snntorch neurobench 'spikingjelly[nir]'
+	.venv-oracles/bin/python -m pytest -q tests/oracles/libraries.py
+
 test-eval:       ## lm-eval's own backend on a local task, in an environment of its own
 	$(PYTHON) -m venv .venv-eval
 	.venv-eval/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-eval/bin/pip install -q torch==$(TORCH)
@@ -109,10 +115,15 @@ test-eval:       ## lm-eval's own backend on a local task, in an environment of 
 	.venv-eval/bin/python -m pytest -q tests/eval/lm_eval_hf.py
 
 bench-spikes: setup ## loss against silence, three paired seeds, on the model that make demo left
-	$(BIN)/python benchmarks/spikes.py
+	$(BIN)/python benchmarks/spikes.py trained
 
-bench-spikes-all: setup ## the same, with one seed of every other neuron and the table over k
-	$(BIN)/python benchmarks/spikes.py --all
+bench-spikes-all: setup ## one seed of every neuron in one plot, the tables over k and silence, the readings at k = 3
+	$(BIN)/python benchmarks/spikes.py others --seeds 1
+	$(BIN)/python benchmarks/spikes.py untrained
+
+bench-firing: setup ## decoding at the 0.5B shape with the firing of the models that make bench-spikes trained
+	$(BIN)/spikingbrain bench firing --text demo-work/corpus/heldout --glob '*.py' \
+	  --recorded demo-work/bench-spikes-300x8/dead_zone-65-0/model demo-work/bench-spikes-300x8/dead_zone-50-0/model
 
 clean:           ## remove environments and what the demo made
 	rm -rf .venv .venv-* demo-work demo-report

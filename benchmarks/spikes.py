@@ -1,150 +1,242 @@
 """Loss against silence on the demo's trained model: `adaptive` at k = 3, `dead_zone` under two targets, other neurons.
 
-Needs what `make demo` leaves in demo-work/. Run by `make bench-spikes` (three paired seeds) and `make bench-spikes-all`
-(one seed of every other neuron). Each run starts from the same model, sees the same tokens in the same order for its
-seed and has the same teacher; finished runs are not made again.
+    python benchmarks/spikes.py trained      three paired seeds of `adaptive` and of `dead_zone` at 50 and 65 %
+    python benchmarks/spikes.py others       one seed of these and of every other neuron, in one plot
+    python benchmarks/spikes.py untrained    tables over k and over calibrated silence, and the readings at k = 3
+
+Needs what `make demo` leaves in demo-work/. Each trained run starts from the same model, sees the same tokens in the
+same order for its seed and has the same teacher and learning rates. What is finished is not made again, and an
+interrupted run goes on from its last checkpoint. Writes benchmarks/results/spikes-PART.json and .svg, prints a table.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from spikingbrain import registry
 
-DEMO = Path("demo-work")
 CONFIG = "configs/train/spike-silence.yaml"
-RESULTS = Path("benchmarks/results")
 TARGETS = (0.5, 0.65)
-# Where training towards silence starts: thresholds spread by sensitivity, without training.
-CALIBRATED = 0.5
+# Training towards silence holds this much more than its target, so that held-out text has it too.
+MARGIN = 0.005
+KS = (2, 2.5, 3, 3.5, 4)
+CALIBRATED = (0.3, 0.5, 0.65, 0.8)
+BASELINE = "adaptive k=3"
+
+Runs = dict[str, list[dict[str, Any]]]
+Call = Callable[[], dict[str, Any]]
 
 
-def spikingbrain(*args: object) -> None:
-    """Run a subcommand; raises CalledProcessError if it fails."""
-    subprocess.run([str(Path(sys.executable).parent / "spikingbrain"), *map(str, args)], check=True)
+class Bench:
+    """Makes what a part asks for in `work`, from what the demo left in `demo`."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.demo = Path(args.demo)
+        self.model = self.demo / "pretrain" / "model"
+        self.work = self.demo / f"bench-spikes-{args.steps}x{args.sequences}"
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def command(self, log: str, *words: object) -> None:
+        """Run a subcommand, its output in `log`; raises CalledProcessError if it fails."""
+        threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
+        with (self.work / f"{log}.log").open("a") as file:
+            subprocess.run(
+                [str(Path(sys.executable).parent / "spikingbrain"), *map(str, words)],
+                check=True,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )
+
+    def texts(self, split: str) -> list[object]:
+        """Where the texts of a split are, as options."""
+        return ["--text", self.demo / "corpus" / split, "--glob", "*.py"]
+
+    def calibrate(self, neuron: str, *settings: str, name: str = "") -> Path:
+        """The demo's trained model with calibrated spikes."""
+        name = f"calibrated-{name or neuron}"
+        if not (self.work / name).exists():
+            # `adaptive` has nothing to measure.
+            texts = [] if neuron == "adaptive" else [*self.texts("train"), "--num-texts", 64]
+            self.command(name, "spike", self.model, self.work / name, "--neuron", neuron, *texts, *settings)
+        return self.work / name
+
+    def measure(self, name: str, model: Path) -> dict[str, Any]:
+        """Held-out loss and statistics of a model."""
+        file = self.work / f"{name}.json"
+        if not file.exists():
+            self.command(name, "eval", model, *self.texts("heldout"), "--max-tokens", self.args.tokens, "--json", file)
+        return json.loads(file.read_text())
+
+    def train(self, name: str, start: Path, seed: int, *settings: str) -> dict[str, Any]:
+        """Train one run and measure it."""
+        out = self.work / name
+        if not (out / "model").exists():
+            size = [f"steps={self.args.steps}", f"batch.sequences={self.args.sequences}"]
+            places = [f"model.init_from={start}", f"teacher={self.model}", f"data.path={self.demo / 'data'}"]
+            self.command(name, "train", CONFIG, f"out={out}", f"seed={seed}", *size, *places, *settings)
+        return self.measure(name, out / "model")
+
+    def together(self, calls: dict[str, list[Call]]) -> Runs:
+        """What the calls return, `jobs` of them at a time."""
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            futures = {name: [pool.submit(call) for call in row] for name, row in calls.items()}
+            return {name: [future.result() for future in row] for name, row in futures.items()}
+
+    def trained(self) -> Runs:
+        """`adaptive` and both targets of `dead_zone`, a row a seed; thresholds start where the target is met."""
+        calls: dict[str, list[Call]] = {}
+        for seed in range(self.args.seeds):
+            run = partial(self.train, f"adaptive-k3-{seed}", self.model, seed, *plain("adaptive"))
+            calls.setdefault(BASELINE, []).append(run)
+            for target in TARGETS:
+                wanted = [f"silence.target={target + MARGIN}", "silence.ramp=0"]
+                run = partial(self.train, f"dead_zone-{target * 100:.0f}-{seed}", self.silent(target), seed, *wanted)
+                calls.setdefault(f"dead_zone {target:.0%}", []).append(run)
+        return self.together(calls)
+
+    def silent(self, target: float) -> Path:
+        """`dead_zone` calibrated to a share of silence, spread by sensitivity."""
+        settings = ["--set", "k=6", "--target-silence", str(target)]
+        return self.calibrate("dead_zone", *settings, name=f"dead_zone-{target * 100:.0f}")
+
+    def others(self) -> Runs:
+        """`trained`, and one seed of every other neuron."""
+        names = [name for name in registry.names("neurons") if name not in ("adaptive", "dead_zone")]
+        calls = {n: [partial(self.train, f"{n}-0", self.calibrate(n), 0, *plain(n))] for n in names}
+        return self.trained() | self.together(calls)
+
+    def untrained(self) -> Runs:
+        """`adaptive` at k = 2 to 4, as in the paper's Table 11, and `dead_zone` calibrated to shares of silence."""
+        calls: dict[str, list[Call]] = {"dense": [partial(self.measure, "untrained-dense", self.model)]}
+        for k in KS:
+            start = self.calibrate("adaptive", "--set", f"k={k}", name=f"k{k}")
+            calls[f"adaptive k={k}"] = [partial(self.measure, f"untrained-k{k}", start)]
+        for target in CALIBRATED:
+            name = f"untrained-silent-{target * 100:.0f}"
+            calls[f"dead_zone {target:.0%}"] = [partial(self.measure, name, self.silent(target))]
+        return self.together(calls)
+
+    def readings(self) -> dict[str, Any]:
+        """Every reading of "sparsity" at k = 3: noise, and the model's own activations."""
+        file = self.work / "energy.json"
+        if not file.exists():
+            start = self.calibrate("adaptive", "--set", "k=3", name="k3")
+            self.command("energy", "energy", start, *self.texts("heldout"), "--json", file)
+        return json.loads(file.read_text())["readings"]
 
 
-def calibrate(work: Path, neuron: str, *settings: str) -> Path:
-    """The demo's trained model with calibrated spikes."""
-    out = work / f"calibrated-{neuron}"
-    if not out.exists():
-        texts = ["--text", DEMO / "corpus" / "train", "--glob", "*.py", "--num-texts", 64]
-        spikingbrain("spike", DEMO / "pretrain" / "model", out, "--neuron", neuron, *texts, *settings)
-    return out
-
-
-def measure(work: Path, name: str, model: Path, tokens: int) -> dict[str, Any]:
-    """Held-out loss and statistics of a model."""
-    file = work / f"{name}.json"
-    if not file.exists():
-        texts = ["--text", DEMO / "corpus" / "heldout", "--glob", "*.py", "--max-tokens", tokens]
-        spikingbrain("eval", model, *texts, "--json", file)
-    return json.loads(file.read_text())
-
-
-def train(work: Path, name: str, start: Path, args: argparse.Namespace, seed: int, *settings: str) -> dict[str, Any]:
-    """Train one run and measure it."""
-    out = work / name
-    if not (out / "model").exists():
-        common = [f"out={out}", f"seed={seed}", f"steps={args.steps}", f"batch.sequences={args.sequences}"]
-        spikingbrain("train", CONFIG, *common, f"model.init_from={start}", *settings)
-    return measure(work, name, out / "model", args.tokens)
-
-
-def neuron_settings(name: str) -> list[str]:
+def plain(neuron: str) -> list[str]:
     """What turns the config's run into one of another neuron, without a target."""
-    return [f"spiking={{neuron: {name}, code: bitwise}}", "silence=null"]
+    return [f"spiking={{neuron: {neuron}, code: bitwise}}", "silence=null"]
 
 
-def main_runs(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """`adaptive` and both targets of `dead_zone`, a row a seed."""
-    start = calibrate(work, "dead_zone", "--set", "k=6", "--target-silence", str(CALIBRATED))
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(args.seeds):
-        runs = {"adaptive k=3": (DEMO / "pretrain" / "model", neuron_settings("adaptive"))}
-        runs |= {f"dead_zone {target:.0%}": (start, [f"silence.target={target}"]) for target in TARGETS}
-        for name, (init, settings) in runs.items():
-            slug = f"{name.replace(' ', '-').replace('%', '').replace('=', '')}-{seed}"
-            rows.setdefault(name, []).append(train(work, slug, init, args, seed, *settings))
-    return rows
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation (None of one value), and the values, seed by seed."""
+    return {"mean": mean(values), "spread": stdev(values) if len(values) > 1 else None, "seeds": values}
 
 
-def other_runs(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """One seed of every other neuron."""
-    names = [name for name in registry.names("neurons") if name not in ("adaptive", "dead_zone")]
-    return {name: [train(work, name, calibrate(work, name), args, 0, *neuron_settings(name))] for name in names}
-
-
-def k_table(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """`adaptive` at k = 2 to 4 without training, as in the paper's Table 11."""
-    rows = {}
-    for k in (2, 2.5, 3, 3.5, 4):
-        out = work / f"k{k}"
-        if not out.exists():
-            spikingbrain("spike", DEMO / "pretrain" / "model", out, "--neuron", "adaptive", "--set", f"k={k}")
-        rows[f"k={k}, not trained"] = [measure(work, f"k{k}-figures", out, args.tokens)]
-    return rows
-
-
-def summary(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Mean and spread of each figure, and of the loss beside `adaptive` at k = 3 of the same seed."""
-    baseline = [row["loss"] for row in rows.get("adaptive k=3", [])]
+def summary(rows: Runs) -> dict[str, Any]:
+    """Each figure over the seeds; the loss also beside `adaptive` at k = 3 of the same seed (or of no training)."""
+    baseline = [row["loss"] for row in rows.get(BASELINE, [])]
     table = {}
     for name, runs in rows.items():
         losses = [run["loss"] for run in runs]
-        table[name] = {
-            "loss": mean(losses),
-            "loss_spread": stdev(losses) if len(losses) > 1 else None,
-            "seeds": len(runs),
-            "unread_weights": mean(run["spikes"]["unread_weights"] for run in runs),
-            **{key: mean(run["spikes"]["overall"][key] for run in runs) for key in runs[0]["spikes"]["overall"]},
-            "by_encoder": {n: f["silent_channels"] for n, f in runs[0]["spikes"]["encoders"].items()},
-        }
+        table[name] = {"loss": spread(losses)}
         if len(baseline) == len(losses):
-            table[name]["loss_over_adaptive"] = mean(a / b - 1 for a, b in zip(losses, baseline, strict=True))
+            table[name]["loss_over_adaptive"] = spread([a / b - 1 for a, b in zip(losses, baseline, strict=True)])
+        if runs[0]["spikes"]:
+            table[name] |= firing([run["spikes"] for run in runs])
     return table
 
 
-def plot(table: dict[str, Any], path: Path) -> None:
-    """Loss against the share of weights that need not be read."""
-    import matplotlib
+def firing(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Named statistics; `by_encoder` are silent channels, `counts_up_to_7` a mean over encoders."""
+    encoders = runs[0]["encoders"]
+    small = [sum(f["histogram"][:8]) for run in runs for f in run["encoders"].values()]
+    sent = [f["spikes_per_channel"] for run in runs for f in run["encoders"].values()]
+    return {
+        "unread_weights": spread([run["unread_weights"] for run in runs]),
+        **{key: mean(run["overall"][key] for run in runs) for key in runs[0]["overall"]},
+        "spikes_per_channel": mean(sent),
+        "counts_up_to_7": mean(small),
+        "by_encoder": {n: mean(run["encoders"][n]["silent_channels"] for run in runs) for n in encoders},
+    }
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4))
+def lines(table: dict[str, Any]) -> list[str]:
+    """A Markdown table."""
+    text = [
+        "| run | loss | beside adaptive k = 3 | weights not read | silent channels | mean count |",
+        "|---" * 6 + "|",
+    ]
     for name, row in table.items():
-        axis.scatter(row["unread_weights"], row["loss"])
-        axis.annotate(name, (row["unread_weights"], row["loss"]), xytext=(4, 4), textcoords="offset points")
-    axis.set_xlabel("share of the spiking projections' weights that need not be read")
-    axis.set_ylabel("held-out loss, nats a token")
-    figure.tight_layout()
+        over, unread = row.get("loss_over_adaptive"), row.get("unread_weights")
+        cells = [name, _number(row["loss"], "{:.4f}"), _number(over, "{:+.2%}"), _number(unread, "{:.1%}")]
+        cells += [f"{row['silent_channels']:.1%}", f"{row['mean_spikes']:.2f}"] if unread else ["", ""]
+        text.append("| " + " | ".join(cells) + " |")
+    return text
+
+
+def _number(figure: dict[str, Any] | None, form: str) -> str:
+    if figure is None:
+        return ""
+    spread_text = "" if figure["spread"] is None else " ± " + form.format(figure["spread"]).lstrip("+")
+    return form.format(figure["mean"]) + spread_text
+
+
+def plot(table: dict[str, Any], path: Path) -> None:
+    """Loss against the share of weights that need not be read, and silent channels by encoder."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    loss, layers = figure.subplots(2)
+    for name, row in table.items():
+        if "unread_weights" not in row:
+            loss.axhline(row["loss"]["mean"], linestyle="--", color="#94a3b8", label=name)
+            continue
+        x, y = row["unread_weights"], row["loss"]
+        loss.errorbar(x["mean"], y["mean"], xerr=x["spread"] or 0, yerr=y["spread"] or 0, fmt="o", label=name)
+        labels = [n.removeprefix("model.layers.").replace(".encoders.", " ") for n in row["by_encoder"]]
+        layers.plot(labels, list(row["by_encoder"].values()), "o-", linewidth=0.8, markersize=3, label=name)
+    loss.set(xlabel="share of the spiking projections' weights not read", ylabel="held-out loss, nats a token")
+    layers.set(ylabel="silent channels")
+    layers.tick_params(axis="x", rotation=90, labelsize=7)
+    loss.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
 
 def main() -> None:
-    """Run, write benchmarks/results/spikes*.json and .svg."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--all", action="store_true", help="every other neuron too, and the table over k")
+    """Run a part and write its files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["trained", "others", "untrained"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sequences", type=int, default=8, help="sequences of 256 tokens a step")
-    parser.add_argument("--tokens", type=int, default=24_576, help="held-out tokens")
+    parser.add_argument("--tokens", type=int, default=49_152, help="held-out tokens")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the processors")
+    parser.add_argument("--demo", default="demo-work", help="what the demo left")
+    parser.add_argument("--results", default="benchmarks/results")
     args = parser.parse_args()
-    work = DEMO / f"bench-spikes-{args.steps}x{args.sequences}"
-    rows = main_runs(work, args)
-    if args.all:
-        rows |= other_runs(work, args) | k_table(work, args)
-    name = "spikes-all" if args.all else "spikes"
-    table = summary(rows)
-    RESULTS.mkdir(exist_ok=True, parents=True)
+    bench = Bench(args)
+    table = summary(getattr(bench, args.part)())
     report = {"command": "python benchmarks/spikes.py " + " ".join(sys.argv[1:]), "settings": vars(args), "rows": table}
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(table, RESULTS / f"{name}.svg")
+    if args.part == "untrained":
+        report["readings at k = 3"] = bench.readings()
+    results = Path(args.results)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"spikes-{args.part}.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(table, results / f"spikes-{args.part}.svg")
+    sys.stdout.write("\n".join(lines(table)) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ from .config import SpikingBrainConfig
 from .errors import InputError
 from .evaluation import pieces
 from .files import new_directory
+from .integer import ternary
 from .neurons import Observation
-from .spiking import SpikeEncoder, SpikingLinear, encoders, ternary
+from .quantization import quantize_projections
+from .spiking import SpikeEncoder, SpikingLinear, encoders
 
 # Values kept of all encoders together; the quantiles of more would be no better.
 MAX_SAMPLES = 20_000_000
@@ -63,20 +65,22 @@ def turn_on_spikes(
     num_texts: int = 128,
     context: int = 256,
     silence: float | None = None,
-    ternary_weights: bool = False,
+    weights: str | None = None,
 ) -> dict[str, Any]:
-    """Write the model of `path` to `out` with spikes; the weights stay as they are, or become ternary.
+    """Write the model of `path` to `out` with spikes; the weights stay as they are, or become "int8" or "ternary".
 
     With `texts` (files), what the neurons measure is measured on `num_texts` pieces of `context` tokens of them, and
     `silence` is the share of weights that need not be read. Returns the thresholds by encoder. Raises `InputError`.
     """
     model = spiking_model(path, spiking)
-    if ternary_weights:
+    if weights == "ternary":
         for module in model.modules():
             if isinstance(module, SpikingLinear):
                 module.weight.data = ternary(module.weight.data)
     rows = _rows(path, texts, num_texts, context) if texts else None
     thresholds = calibrate(model, rows, silence)
+    if weights == "int8":
+        quantize_projections(model)
     with new_directory(out) as directory:
         model.save_pretrained(directory)
         for name in (*TOKENIZER_FILES, "provenance.json"):

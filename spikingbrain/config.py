@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from . import registry
 from .errors import InputError
+from .integer import WEIGHTS
 
 GATE_DEFAULTS = {"rank": 16, "normalizer": 16.0, "feature_map": "relu", "tied": False}
 # Decay = 1 - k needs k in (0, 1) and no gate of its own.
@@ -21,7 +22,14 @@ MOE_DEFAULTS: dict[str, Any] = {
     "bias_rate": 0.0,
 }
 LIF_DEFAULTS = {"tau": 2.0, "v_th": 1.0, "v_reset": 0.0, "decay_input": True}
-SPIKING_DEFAULTS: dict[str, Any] = {"neuron": "adaptive", "code": "bitwise", "params": {}, "exclude": []}
+SPIKING_DEFAULTS: dict[str, Any] = {
+    "neuron": "adaptive",
+    "code": "bitwise",
+    "params": {},
+    "exclude": [],
+    "weights": "float",
+    "gain": None,
+}
 
 # Keys that transformers itself writes into config.json or passes on.
 HUGGING_FACE_KEYS = {
@@ -51,12 +59,14 @@ class SpikingBrainConfig(PreTrainedConfig):
     gate: `{rank, normalizer, feature_map, tied}` of gated linear attention; rank None is one dense projection;
     `{"tied": true}` takes the decay from the key, 1 - sigmoid(k), and has no gate.
     moe: `{num_experts, top_k, num_shared, score, aux_loss, bias_rate}` of the layers whose channel mixer is "moe", None
-    without any: routed experts, how many of them a token is sent to, experts all tokens are sent to, "softmax" or
-    "sigmoid" of the router, weight of the balance loss, step of the loss-free balance.
+    without any: routed experts, how many of them a token is sent to at most, experts all tokens are sent to, "softmax",
+    "sigmoid" or "spike" of the router, weight of the balance loss, step of the loss-free balance.
     norm: `rms_norm`, `simple_rms_norm` (no weight) or `layer_norm`, before every block and the head. conv_size: taps of
     mixers with a short convolution. embedding_norm: a norm after the embedding. spike_embedding: only the embedding's
     signs are used. lif: None, or `{tau, v_th, v_reset, decay_input}`: every block's output passes spiking neurons.
-    spiking: None, or `{neuron, code, params, exclude}`; `exclude` names projections that stay dense.
+    spiking: None, or `{neuron, code, params, exclude, weights, gain}`; `exclude` names projections that stay dense;
+    `weights` of the others: "float", "ternary" or "wage"; `gain`: the norms before neurons with a fixed threshold v_th
+    start at gain v_th (tdBN, arXiv 2011.05280), which sets how often a model that starts from scratch fires.
 
     Raises `InputError` for an unknown key or name.
     """
@@ -113,6 +123,8 @@ class SpikingBrainConfig(PreTrainedConfig):
         if self.spiking is not None:
             self.spiking = _fill("spiking", self.spiking, SPIKING_DEFAULTS)
             check_spiking(self.spiking)
+            if self.spiking["gain"] is not None and self.norm == "simple_rms_norm":
+                raise InputError("spiking.gain is where norms with a weight start; simple_rms_norm has none")
         if self.window < 1:
             raise InputError(f"window must be at least 1, got {self.window}")
         if self.num_sinks < 0:
@@ -161,7 +173,7 @@ def check_moe(moe: dict[str, Any], channel_mixers: list[str]) -> None:
         "num_experts": type(experts) is int and experts >= 1,
         "top_k": type(moe["top_k"]) is int and type(experts) is int and 1 <= moe["top_k"] <= experts,
         "num_shared": type(moe["num_shared"]) is int and moe["num_shared"] >= 0,
-        "score": moe["score"] in ("softmax", "sigmoid"),
+        "score": moe["score"] in ("softmax", "sigmoid", "spike"),
         "aux_loss": type(moe["aux_loss"]) in (int, float) and moe["aux_loss"] >= 0,
         "bias_rate": type(moe["bias_rate"]) in (int, float) and moe["bias_rate"] >= 0,
     }
@@ -169,7 +181,7 @@ def check_moe(moe: dict[str, Any], channel_mixers: list[str]) -> None:
     if wrong:
         raise InputError(
             f"moe: {', '.join(wrong)}; needs integers num_experts >= top_k >= 1 and num_shared >= 0, "
-            "score softmax or sigmoid, aux_loss and bias_rate >= 0"
+            "score softmax, sigmoid or spike, aux_loss and bias_rate >= 0"
         )
 
 
@@ -181,6 +193,11 @@ def check_spiking(spiking: dict[str, Any]) -> None:
         neuron = make(1, **spiking["params"])
     except TypeError as error:
         raise InputError(f"spiking.params do not fit neuron {spiking['neuron']!r}: {error}") from None
+    if spiking["weights"] not in WEIGHTS:
+        raise InputError(f"unknown weights {spiking['weights']!r} in spiking; choose from {', '.join(WEIGHTS)}")
+    gain = spiking["gain"]
+    if gain is not None and not (type(gain) in (int, float) and gain > 0 and hasattr(neuron, "v_th")):
+        raise InputError(f"spiking.gain is above 0, for a neuron with a fixed threshold; got {gain!r}")
     if neuron.signed and not code.SIGNED:
         signed = [name for name in registry.names("codes") if registry.load("codes", name).SIGNED]
         raise InputError(

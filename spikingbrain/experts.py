@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, one_hot, rms_norm
+
+from .surrogates import atan, heaviside
 
 
 class Routing(NamedTuple):
     """`experts [N, k]`: whom each token is sent to; `weights [N, k]`: what their outputs count.
 
-    `probabilities [N, E]`: the scores of all experts, divided by their sum.
+    `probabilities [N, E]`: the scores of all experts, divided by their sum. A router of spikes sends a token to those
+    of its k that fire; in place of the others stand expert E, which is nobody, and weight 0.
     """
 
     experts: Tensor
@@ -25,6 +28,11 @@ class Routing(NamedTuple):
 
 class Router(nn.Linear):
     """Scores every expert for a token, in fp32 (fp64 for fp64 inputs), and picks the best k.
+
+    `moe["score"]` "spike" (after SEMM, NeurIPS 2024, whose routers emit spikes instead of a softmax): of the best k
+    those fire whose membrane, the logit over the RMS of the token's logits, reaches 1, and count 1 each. What does not
+    fire is not computed; a token for which none fires has the shared experts only. The RMS takes the place of SEMM's
+    batch norm, so that a route depends on its token only.
 
     `balance_bias [E]` takes part in the choice but not in the weights (loss-free balancing, arXiv 2408.15664); training
     moves it between steps, nothing else does.
@@ -42,15 +50,23 @@ class Router(nn.Linear):
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits = linear(x.to(wide), self.weight.to(wide))
+        if self.moe["score"] == "spike":
+            return self._fire(logits)
         scores = logits.softmax(-1) if self.moe["score"] == "softmax" else logits.sigmoid()
         experts = (scores + self.balance_bias.to(wide)).topk(self.moe["top_k"], dim=-1).indices
         return Routing(experts, scores.gather(1, experts), scores / scores.sum(-1, keepdim=True))
 
+    def _fire(self, logits: Tensor) -> Routing:
+        membrane = rms_norm(logits, logits.shape[-1:]) + self.balance_bias.to(logits.dtype)
+        best, experts = membrane.topk(self.moe["top_k"], dim=-1)
+        spikes = heaviside(best - 1, atan)
+        return Routing(experts.masked_fill(spikes == 0, len(self.weight)), spikes, logits.softmax(-1))
+
 
 class Groups(NamedTuple):
-    """The N k pairs of a token and an expert, sorted by expert and then by token.
+    """The R <= N k pairs of a token and an expert, sorted by expert and then by token.
 
-    `pairs [N k]`: token * k + choice, in this order; `sizes [E]`: how many go to each expert; `top_k`: k.
+    `pairs [R]`: token * k + choice, in this order; `sizes [E]`: how many go to each expert; `top_k`: k.
     """
 
     pairs: Tensor
@@ -59,13 +75,14 @@ class Groups(NamedTuple):
 
 
 def group(experts: Tensor, num_experts: int) -> Groups:
-    """Sort the choices `experts [N, k]` by expert."""
+    """Sort the choices `experts [N, k]` by expert; a choice of nobody is left out."""
     choices = experts.flatten()
-    return Groups(choices.argsort(stable=True), torch.bincount(choices, minlength=num_experts), experts.shape[1])
+    sizes = torch.bincount(choices, minlength=num_experts)[:num_experts]
+    return Groups(choices.argsort(stable=True)[: int(sizes.sum())], sizes, experts.shape[1])
 
 
 def dispatch(x: Tensor, groups: Groups) -> Tensor:
-    """`x [N, D]` -> the rows of all experts, one expert after the other `[N k, D]`."""
+    """`x [N, D]` -> the rows of all experts, one expert after the other `[R, D]`."""
     return x[groups.pairs // groups.top_k]
 
 
@@ -84,14 +101,16 @@ def run_expert(expert: nn.Module, rows: Tensor) -> Tensor:
 
 
 def combine(rows: Tensor, groups: Groups, weights: Tensor) -> Tensor:
-    """Bring `rows [N k, D]` back to their tokens and sum them by `weights [N, k]` -> `[N, D]`."""
-    by_token = rows[groups.pairs.argsort()].unflatten(0, (-1, groups.top_k))
+    """Bring `rows [R, D]` back to their tokens and sum them by `weights [N, k]` -> `[N, D]`."""
+    places = rows.new_zeros(weights.numel(), rows.shape[1])
+    by_token = places.index_put((groups.pairs,), rows).unflatten(0, (-1, groups.top_k))
     return (by_token * weights[..., None].to(rows.dtype)).sum(1)
 
 
 def choices(routing: Routing, rows: Tensor, num_rows: int) -> Tensor:
     """How many choices of the tokens of each row went to each expert `[S, E]`; `rows [N]`: which one a token is of."""
-    chosen = torch.nn.functional.one_hot(routing.experts, routing.probabilities.shape[-1]).sum(1)
+    num_experts = routing.probabilities.shape[-1]
+    chosen = one_hot(routing.experts, num_experts + 1)[..., :num_experts].sum(1)
     return chosen.new_zeros(num_rows, chosen.shape[1]).index_add(0, rows, chosen)
 
 
@@ -103,13 +122,14 @@ def balance_loss(routing: Routing, rows: Tensor, chosen: Tensor) -> Tensor:
     between processes and steps in any way). `rows [N]`: which row a token is of; `chosen [S, E]` of the whole rows, of
     which `routing` may be a part: the losses of parts add up.
     """
-    share = chosen / chosen.sum(1, keepdim=True)
+    share = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
     return chosen.shape[1] * (share[rows] * routing.probabilities).sum()
 
 
 def expert_load(routing: Routing) -> Tensor:
     """How many tokens each expert got `[E]`."""
-    return torch.bincount(routing.experts.flatten(), minlength=routing.probabilities.shape[-1])
+    num_experts = routing.probabilities.shape[-1]
+    return torch.bincount(routing.experts.flatten(), minlength=num_experts)[:num_experts]
 
 
 @torch.no_grad()

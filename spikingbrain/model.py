@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -16,7 +17,7 @@ from .errors import InputError
 from .lif import LIF
 from .mixers import Projection
 from .neurons import Spikes
-from .norm import make_norm
+from .norm import make_norm, threshold_gain
 from .spiking import SpikeEncoder, SpikingLinear
 from .state import LayerState, StateCache, StateSpec, owned, part
 from .surrogates import atan, heaviside
@@ -48,8 +49,8 @@ class MixerBlock(nn.Module):
         self.packed = nn.ModuleDict()
         for name, projection in self.projections.items():
             spiking = config.spiking is not None and name not in exclude
-            linear = SpikingLinear if spiking else nn.Linear
-            self.add_module(name, linear(projection.in_features, projection.out_features, projection.bias))
+            shape = (projection.in_features, projection.out_features, projection.bias)
+            self.add_module(name, SpikingLinear(*shape, config.spiking["weights"]) if spiking else nn.Linear(*shape))
             if spiking and projection.source not in self.encoders:
                 self.encoders[projection.source] = SpikeEncoder(config.spiking, projection.in_features)
 
@@ -159,9 +160,10 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: SpikingBrainConfig, layer: int):
         super().__init__()
-        self.input_layernorm = make_norm(config)
+        start = threshold_gain(config)
+        self.input_layernorm = make_norm(config, start)
         self.mixer = MixerBlock(config, "mixers", config.mixers[layer])
-        self.post_attention_layernorm = make_norm(config)
+        self.post_attention_layernorm = make_norm(config, start)
         self.mlp = MixerBlock(config, "channel_mixers", config.channel_mixers[layer])
 
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
@@ -188,6 +190,13 @@ class SpikingBrainPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _is_stateful = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As transformers does; norms before neurons of a fixed threshold start where `spiking.gain` says."""
+        super()._init_weights(module)
+        start = getattr(module, "start", None)
+        if start is not None:
+            init.constant_(module.weight, start)
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from . import registry
 from .config import SpikingBrainConfig
 from .errors import InputError
 
@@ -14,8 +15,18 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
 }
 
 
-def make_norm(config: SpikingBrainConfig) -> nn.Module:
-    """A norm over the hidden width; raises `InputError` naming the choices."""
+def make_norm(config: SpikingBrainConfig, start: float | None = None) -> nn.Module:
+    """A norm over the hidden width; raises `InputError` naming the choices. `start`: of its weight, instead of 1."""
     if config.norm not in NORMS:
         raise InputError(f"unknown norm {config.norm!r}; choose from {', '.join(NORMS)}")
-    return NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
+    norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
+    norm.start = start
+    return norm
+
+
+def threshold_gain(config: SpikingBrainConfig) -> float | None:
+    """Where norms before neurons start (tdBN, AAAI 2021, arXiv 2011.05280): alpha V_th, alpha being `spiking.gain`."""
+    spiking = config.spiking
+    if spiking is None or spiking["gain"] is None:
+        return None
+    return spiking["gain"] * registry.load("neurons", spiking["neuron"]).Neuron(1, **spiking["params"]).v_th

@@ -116,10 +116,15 @@ def _fit(linears: dict[str, Any]) -> bool:
 
 
 def _pack(linears: list[Any], kind: str) -> Packed:
-    weight = torch.cat([module.weight.detach() for module in linears])
+    weight = torch.cat([_weight(module) for module in linears])
     if weight.dtype == torch.int8:
         return pack_codes(weight, torch.cat([module.weight_scale for module in linears]))
     return pack(weight, kind)
+
+
+def _weight(module: nn.Linear) -> Tensor:
+    weight = module.weight.detach()
+    return module.reading(weight) if type(module) is SpikingLinear else weight
 
 
 def _bias(module: nn.Linear) -> Tensor:

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spikingbrain_kernels.quantized import Int8Weight, quantize, spike_linear
+from spikingbrain_kernels.quantized import INT8, Int8Weight, quantize, spike_linear
 
 from . import registry
 from .errors import InputError
@@ -72,7 +72,7 @@ class UnquantizedLinear(nn.Linear):
 @register_quantization_config(METHOD)
 @dataclass
 class Int8Config(QuantizationConfigMixin):
-    """`group_size`: inputs that share a scale. `exclude`: names of projections that are not quantised."""
+    """`group_size`: inputs that share a scale. `exclude`: names, or their last parts, of what is not quantised."""
 
     quant_method: str = METHOD  # type: ignore[assignment]
     group_size: int = GROUP_SIZE
@@ -98,7 +98,7 @@ class Int8Quantizer(HfQuantizer):
     def _replacement(self, name: str, linear: Any, sizes: dict[str, list[int]]) -> nn.Module:
         config: Any = self.quantization_config
         shape = (linear.in_features, linear.out_features, linear.bias is not None)
-        if name.rpartition(".")[2] in config.exclude:
+        if any(f".{name}".endswith(f".{end}") for end in config.exclude):
             scale = sizes.get(f"{name}.weight_scale")
             return linear if scale is None else UnquantizedLinear(*shape, scale[1])
         if not isinstance(linear, SpikingLinear):
@@ -112,6 +112,40 @@ class Int8Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+@torch.no_grad()
+def quantize_projections(model: Any) -> Any:
+    """Round the spiking projections of `model` to int8 in groups of 128 inputs, in place, and give it back.
+
+    The largest weight of a group gets the code 127. Projections whose inputs are not whole groups stay as they are and
+    are named in the config. Raises `InputError` where none is.
+    """
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, MixerBlock)}
+    found = {f"{place}.{name}": (block, name) for place, block in blocks.items() for name in block.projections}
+    exclude = [name for name, (block, part) in found.items() if not _can_be_int8(block.get_submodule(part))]
+    if len(exclude) == len(found):
+        raise InputError(f"int8 weights: no spiking projection has whole groups of {GROUP_SIZE} inputs")
+    for name, (block, part) in found.items():
+        if name not in exclude:
+            setattr(block, part, _quantized(block.get_submodule(part)))
+    model.config.quantization_config = {"quant_method": METHOD, "group_size": GROUP_SIZE, "exclude": exclude}
+    return model
+
+
+def _can_be_int8(linear: Any) -> bool:
+    return isinstance(linear, SpikingLinear) and linear.in_features % GROUP_SIZE == 0
+
+
+def _quantized(linear: SpikingLinear) -> QuantizedLinear:
+    weight = linear.reading(linear.weight.float())
+    groups = weight.unflatten(1, (-1, GROUP_SIZE))
+    scale = groups.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / INT8.max
+    made = QuantizedLinear(linear.in_features, linear.out_features, linear.bias is not None, GROUP_SIZE, 0)
+    made.weight.copy_(quantize(weight, scale).codes)
+    made.weight_scale.copy_(scale)
+    made.bias = linear.bias
+    return made
 
 
 def int8_tensors(name: str, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .codes import encode
+from .integer import WEIGHTS
 from .neurons import Spikes
 from .state import LayerState
 
@@ -32,11 +33,18 @@ def encoders(model: nn.Module) -> dict[str, SpikeEncoder]:
 
 
 class SpikingLinear(nn.Linear):
-    """A projection of spikes: scale * (counts W^T) + b. The same weights as the dense projection it stands for."""
+    """A projection of spikes: scale * (counts W^T) + b. The same weights as the dense projection it stands for.
+
+    `weights`: what W is of them, "float" (themselves), "ternary" or "wage"; see `integer`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, weights: str = "float"):
+        super().__init__(in_features, out_features, bias)
+        self.reading, self.product = WEIGHTS[weights]
 
     def forward(self, spikes: Spikes) -> Tensor:  # type: ignore[override]
         """`Spikes [..., in]` -> `[..., out]`."""
-        out = nn.functional.linear(spikes.counts, self.weight) * spikes.scale.to(spikes.counts.dtype)
+        out = self.product(spikes.counts, self.weight) * spikes.scale.to(spikes.counts.dtype)
         return out if self.bias is None else out + self.bias
 
 
@@ -87,18 +95,6 @@ def collect_silence(model: nn.Module) -> Iterator[Silence]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def ternary(weight: Tensor) -> Tensor:
-    """`weight [out, in]` with values -a, 0 and a in each row: 0 below 0.7 mean|w|, a the mean of the others.
-
-    Ternary weight networks (arXiv 1605.04711); HitNet (NeurIPS 2018) thresholds its weights likewise. What is ternary
-    already stays as it is.
-    """
-    magnitude = weight.abs()
-    kept = magnitude > 0.7 * magnitude.mean(1, keepdim=True)
-    amplitude = (magnitude * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
-    return weight.sign() * kept * amplitude
 
 
 @dataclass

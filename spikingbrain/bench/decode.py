@@ -10,7 +10,7 @@ import torch
 
 from ..packing import prepare
 from . import Row, read_bandwidth, require_close, seconds
-from .models import OurDecoder, TheirDecoder, ours, qwen2, silence
+from .models import ADAPTIVE, OurDecoder, TheirDecoder, ours, qwen2, silence
 
 TOLERANCE = {"bf16": 5e-2, "int8": 0.15}
 PEERS = {"llama_cpp": "llama.cpp", "vllm": "vLLM"}
@@ -52,7 +52,7 @@ def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any, int]]:
         yield kind, packed, packed_bytes(packed)
         del packed
     del dense
-    spiking = prepare(ours(args.model, "bf16", args.layers, spiking=True), "int8")
+    spiking = prepare(ours(args.model, "bf16", args.layers, spiking=ADAPTIVE), "int8")
     for silent in (0.0, 0.7):
         yield f"int8, spikes, {silent:.0%} silent", silence(spiking, silent), packed_bytes(spiking)
 

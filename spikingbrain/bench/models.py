@@ -12,54 +12,66 @@ from ..errors import InputError
 from ..files import read_json
 from ..model import SpikingBrainForCausalLM
 from ..neurons import Spikes, SpikingNeuron
-from ..spiking import SpikeEncoder
+from ..spiking import encoders
 from ..state import StatePool
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NUM_MASKS = 8
+ADAPTIVE = {"neuron": "adaptive", "params": {"k": 3.0}}
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
 )
 
 
-class Silenced(SpikingNeuron):
-    """A neuron of which a given part of the channels, another one each time, stays silent and all others fire."""
+class Replayed(SpikingNeuron):
+    """A neuron whose counts are given, `counts [N, C]`: each call takes the next token's, over and over.
 
-    def __init__(self, neuron: SpikingNeuron, silent: float):
+    The neuron itself still runs, for its time and its scale.
+    """
+
+    def __init__(self, neuron: SpikingNeuron, counts: Tensor):
         super().__init__(neuron.channels)
-        self.neuron, self.silent = neuron, silent
-        self.masks: list[Tensor] = []
+        self.neuron, self.counts = neuron, counts
         self.calls = 0
 
     def fire(self, x: Tensor) -> Spikes:
         """`x [..., C]` -> `Spikes`."""
-        counts, scale, _ = self.neuron.fire(x)
-        if not self.masks:
-            channels, number = x.shape[-1], round(self.silent * x.shape[-1])
-            self.masks = [torch.randperm(channels)[:number] for _ in range(NUM_MASKS)]
+        counts = self.counts[self.calls % len(self.counts)].expand_as(x)
         self.calls += 1
-        counts = torch.where(counts == 0, torch.ones_like(counts), counts)
-        return Spikes(counts.index_fill_(-1, self.masks[self.calls % NUM_MASKS], 0), scale)
+        return Spikes(counts, self.neuron.fire(x).scale)
 
 
-def silence(model: Any, silent: float) -> Any:
-    """Let every spike encoder of `model` keep this part of its channels silent."""
-    for module in model.modules():
-        if isinstance(module, SpikeEncoder):
-            neuron = module.neuron.neuron if isinstance(module.neuron, Silenced) else module.neuron
-            module.neuron = Silenced(neuron, silent)
+def replay(model: Any, counts: dict[str, Tensor]) -> Any:
+    """Let every spike encoder of `model` fire its `counts [N, C]`, token after token."""
+    for name, encoder in encoders(model).items():
+        neuron: Any = encoder.neuron.neuron if isinstance(encoder.neuron, Replayed) else encoder.neuron
+        encoder.neuron = Replayed(neuron, counts[name].to(model.dtype))
     return model
 
 
-def ours(path: str | Path, dtype: str, layers: int | None, *, spiking: bool = False) -> SpikingBrainForCausalLM:
-    """Our model of a config file's shape, with random weights."""
+def silence(model: Any, silent: float) -> Any:
+    """Let every spike encoder of `model` keep this part of its channels silent, another one each time."""
+    return replay(model, {name: _some(encoder.neuron.channels, silent) for name, encoder in encoders(model).items()})
+
+
+def _some(channels: int, silent: float) -> Tensor:
+    """Counts of 1 to 8 `[NUM_MASKS, channels]`, but 0 in exactly this part of each row."""
+    counts = torch.randint(1, 9, (NUM_MASKS, channels))
+    order = torch.rand(NUM_MASKS, channels).argsort(-1)
+    return counts.scatter(-1, order[:, : round(silent * channels)], 0)
+
+
+def ours(
+    path: str | Path, dtype: str, layers: int | None, *, spiking: dict[str, Any] | None = None
+) -> SpikingBrainForCausalLM:
+    """Our model of a config file's shape, with random weights; `spiking` as in the config."""
     keys = read_json(path)
     if keys.get("model_type") != "spikingbrain":
         raise InputError(f"{path} is not a config of ours")
     keys = {key: value for key, value in keys.items() if key not in ("architectures", "model_type")}
     keys["num_hidden_layers"] = layers or keys["num_hidden_layers"]
-    keys["spiking"] = {"neuron": "adaptive", "params": {"k": 3.0}} if spiking else None
+    keys["spiking"] = spiking
     return _random(SpikingBrainForCausalLM, SpikingBrainConfig(**keys), dtype)
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-texts", type=int, default=128, help="pieces of text to calibrate on")
     parser.add_argument("--context", type=int, default=256, help="tokens a piece")
     parser.add_argument(
-        "--weights", choices=["ternary"], help="round the spiking projections' weights; kept if left out"
+        "--weights", choices=["int8", "ternary"], help="round the spiking projections' weights; kept if left out"
     )
     parser.add_argument(
         "--target-silence", type=float, metavar="SHARE", help="share of the spiking projections' weights not to read"
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         num_texts=args.num_texts,
         context=args.context,
         silence=args.target_silence,
-        ternary_weights=args.weights == "ternary",
+        weights=args.weights,
     )
     settings = "".join(f", {name} = {value}" for name, value in params.items())
     sys.stdout.write(f"{args.out}: spikes on ({args.neuron}{settings}, code {args.code})\n")

@@ -9,9 +9,13 @@ import torch
 from conftest import Asks
 
 from spikingbrain import InputError
-from spikingbrain.bench import ResultsDiffer, gpu, machine, models, report, require_close
+from spikingbrain.bench import ResultsDiffer, firing, gpu, machine, models, report, require_close
 from spikingbrain.files import write_json
+from spikingbrain.spiking import encoders
 from spikingbrain_kernels.library import missing
+
+from .conftest import tiny_model
+from .test_tokenizers import save_fast
 
 SHAPE = {
     "model_type": "spikingbrain",
@@ -51,6 +55,46 @@ def test_every_suite_of_models_gives_figures(shape, name, options):
     assert all(value > 0 for row in rows for value in row.values() if isinstance(value, float))
 
 
+@pytest.fixture
+def recorded(tmp_path):
+    """A spiking model with a tokenizer, and a text."""
+    spiking = {"neuron": "dead_zone", "params": {"theta": 0.9}}
+    tiny_model(["gla", "sliding_window"], vocab_size=320, dtype=torch.float32, spiking=spiking).save_pretrained(
+        tmp_path / "run" / "model"
+    )
+    save_fast(tmp_path / "run" / "model")
+    (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    return tmp_path / "run" / "model"
+
+
+@pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
+def test_recorded_firing_is_timed_beside_the_dense_path(shape, recorded):
+    parser = argparse.ArgumentParser()
+    firing.add_arguments(parser)
+    options = ["--recorded", str(recorded), "--text", str(recorded.parents[1] / "text"), "--tokens", "3"]
+    rows = firing.run(parser.parse_args(["--model", shape, "--position", "20", *options]))
+    assert [row["model"] for row in rows] == ["int8, dense", "int8, dead_zone, none silent", "int8, firing as run"]
+    assert 0.4 < rows[2]["weights unread"] < 0.9
+    assert rows[2]["times dense"] > 0
+
+
+def test_a_wider_layer_fires_as_often_as_the_recorded_one_at_its_depth_and_together(shape):
+    model = models.ours(shape, "fp32", None, spiking=models.ADAPTIVE)
+    sizes = {name: encoder.neuron.channels // 2 for name, encoder in encoders(model).items()}
+    fired = {name: torch.rand(50, size) < torch.linspace(0.02, 0.9, size) for name, size in sizes.items()}
+    fired = {name: mask * torch.randint(1, 9, mask.shape) for name, mask in fired.items()}
+    wide = firing.stretch(fired, model)
+    for name, counts in fired.items():
+        assert wide[name].shape == (50, 2 * counts.shape[1])
+        often, wider = ((c != 0).float().mean(0).sort().values for c in (counts, wide[name]))
+        assert torch.equal(wider[::2], often)
+        assert torch.equal((wide[name] == 0).float().mean(1), (counts == 0).float().mean(1))
+    assert 0.4 < firing.unread_weights(model, wide) < 0.7
+    short = {name: counts for name, counts in fired.items() if "gate_down" not in name}
+    with pytest.raises(InputError, match="nothing was recorded that .*gate_down"):
+        firing.stretch(short, model)
+
+
 def test_something_that_computes_the_wrong_thing_gets_no_figures():
     good = torch.randn(100)
     assert require_close("sum", good * (1 + 1e-7), good, 1e-5) < 1e-6
@@ -74,7 +118,7 @@ def test_a_report_has_every_row_and_names_no_path(tmp_path):
 
 
 def test_a_silenced_encoder_keeps_exactly_its_part_silent(shape):
-    model = models.silence(models.silence(models.ours(shape, "fp32", None, spiking=True), 0.2), 0.5)
+    model = models.silence(models.silence(models.ours(shape, "fp32", None, spiking=models.ADAPTIVE), 0.2), 0.5)
     x = torch.randn(3, 32)
     first, second = (model.model.layers[0].mixer.encoders["hidden"](x).counts == 0 for _ in range(2))
     assert bool((first.sum(1) == 16).all())

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from conftest import relative_rms
 
 from spikingbrain import InputError, record_spikes
 from spikingbrain.calibration import calibrate, check_target, spiking_model, turn_on_spikes
 from spikingbrain.checkpoint import load_model
 from spikingbrain.energy import Constants, energy_table
-from spikingbrain.spiking import SpikingLinear, collect_silence, encoders, ternary, weights_read_by
+from spikingbrain.integer import ternary
+from spikingbrain.quantization import quantize_projections
+from spikingbrain.spiking import SpikingLinear, collect_silence, encoders, weights_read_by
 from spikingbrain.statistics import recorded_statistics
+from spikingbrain_kernels.quantized import dequantize
 
 from .conftest import VOCABULARY, tiny_model
 
@@ -82,11 +86,33 @@ def test_ternary_weights_have_three_values_a_row_and_stay_what_they_are(model, t
     weight = torch.tensor([[0.1, -1.0, 2.0, -0.2], [0.0, 0.0, 0.0, 0.0]])
     assert torch.equal(ternary(weight), torch.tensor([[0, -1.5, 1.5, 0], [0, 0, 0, 0]]))
     model.save_pretrained(tmp_path / "model")
-    turn_on_spikes(tmp_path / "model", tmp_path / "out", SPIKING, ternary_weights=True)
+    turn_on_spikes(tmp_path / "model", tmp_path / "out", SPIKING, weights="ternary")
     for name, module in load_model(tmp_path / "out").named_modules():
         if isinstance(module, SpikingLinear):
             assert all(len(row.unique()) <= 3 for row in module.weight), name
             assert torch.allclose(ternary(module.weight), module.weight)
+
+
+@torch.no_grad()
+def test_int8_weights_are_saved_as_codes_that_are_the_weights_to_half_a_step(tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "dtype": torch.float32}
+    model = tiny_model(["gla", "sliding_window"], spiking={"neuron": "adaptive"}, **sizes)
+    model.save_pretrained(tmp_path / "model")
+    turn_on_spikes(tmp_path / "model", tmp_path / "out", model.config.spiking, weights="int8")
+    loaded = load_model(tmp_path / "out")
+    kept = [f"model.layers.{layer}.mixer.gate_proj" for layer in (0, 2)]
+    assert loaded.config.quantization_config.exclude == kept
+    for name, module in model.named_modules():
+        if isinstance(module, SpikingLinear) and name not in kept:
+            codes = loaded.get_submodule(name).quantized_weight
+            assert codes.codes.dtype == torch.int8
+            half = codes.scale.repeat_interleave(128, 1) / 2
+            assert bool(((dequantize(codes) - module.weight).abs() <= half * 1.001).all())
+            module.weight.copy_(dequantize(codes))
+    ids = torch.randint(0, VOCABULARY, (2, 9))
+    assert relative_rms(loaded(ids).logits, model(ids).logits) < 1e-4
+    with pytest.raises(InputError, match="no spiking projection has whole groups"):
+        quantize_projections(tiny_model(["gla"], spiking={"neuron": "adaptive"}))
 
 
 @pytest.mark.parametrize(

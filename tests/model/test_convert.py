@@ -24,6 +24,7 @@ from transformers import (
 from spikingbrain import InputError, checkpoint
 from spikingbrain.calibration import turn_on_spikes
 from spikingbrain.checkpoint import load_model
+from spikingbrain.config import SPIKING_DEFAULTS
 from spikingbrain.convert import convert
 
 LLAMA3_ROPE = {
@@ -261,7 +262,7 @@ def test_turning_on_spikes_keeps_the_weights_to_the_bit(tmp_path):
     spiking = {"neuron": "adaptive", "params": {"k": 3.0}}
     turn_on_spikes(tmp_path / "dense", tmp_path / "spiking", spiking)
     dense, spikes = load_model(tmp_path / "dense"), load_model(tmp_path / "spiking")
-    assert spikes.config.spiking == {"code": "bitwise", "exclude": [], **spiking}
+    assert spikes.config.spiking == {**SPIKING_DEFAULTS, **spiking}
     assert all(torch.equal(tensor, spikes.state_dict()[name]) for name, tensor in dense.state_dict().items())
     with pytest.raises(InputError, match="convert it first"):
         turn_on_spikes(tmp_path / "base", tmp_path / "x", spiking)

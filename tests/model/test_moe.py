@@ -20,6 +20,7 @@ from spikingbrain.experts import (
 )
 from spikingbrain.spiking import collect_silence
 from spikingbrain.statistics import recorded_statistics
+from spikingbrain.surrogates import atan
 
 from .conftest import SINKS, SPIKING, VOCABULARY, tiny_config, tiny_model
 from .test_mixers import (  # noqa: F401 - the contract, over the model of this file
@@ -34,6 +35,7 @@ from .test_mixers import (  # noqa: F401 - the contract, over the model of this 
 EXACT = 1e-12
 TOP1 = {"num_experts": 3}
 TOP2 = {"num_experts": 5, "top_k": 2, "num_shared": 2, "score": "sigmoid"}
+FIRING = {"num_experts": 4, "top_k": 3, "score": "spike"}
 
 
 def moe_model(moe, **options):
@@ -45,7 +47,7 @@ def spiking(request):
     return SPIKING[request.param]
 
 
-@pytest.fixture(params=[TOP1, TOP2], ids=["top 1", "top 2"])
+@pytest.fixture(params=[TOP1, TOP2, FIRING], ids=["top 1", "top 2", "firing"])
 def model(request, spiking):
     return moe_model(request.param, spiking=spiking)
 
@@ -54,15 +56,27 @@ def tokens(rows=2, length=23):
     return torch.randint(0, VOCABULARY, (rows, length))
 
 
+def specified_scores(router, logits):
+    """What a token counts at each expert, and by what its experts are ranked."""
+    if router.moe["score"] == "spike":
+        membrane = logits / logits.square().mean(-1, keepdim=True).sqrt() + router.balance_bias
+        u = membrane - 1
+        return (u >= 0).double() + atan(u.detach()) * (u - u.detach()), membrane
+    scores = logits.softmax(-1) if router.moe["score"] == "softmax" else logits.sigmoid()
+    return scores, scores + router.balance_bias
+
+
 def every_expert_on_every_token(layer, x):
     """The specification: all experts on all tokens, weighted by scores that are zero where a token is not sent."""
-    logits = x @ layer.router.weight.T
-    scores = logits.softmax(-1) if layer.router.moe["score"] == "softmax" else logits.sigmoid()
-    best = (scores + layer.router.balance_bias).argsort(-1, descending=True)[:, : layer.router.moe["top_k"]]
+    scores, rank = specified_scores(layer.router, x @ layer.router.weight.T)
+    best = rank.argsort(-1, descending=True)[:, : layer.router.moe["top_k"]]
     weights = torch.zeros_like(scores).scatter(1, best, scores.gather(1, best))
     nothing = {"positions": None, "cu_seqlens": None, "mask": None}
     routed = torch.stack([expert(x, {}, **nothing)[0] for expert in layer.experts], 1)
     shared = sum((expert(x, {}, **nothing)[0] for expert in layer.shared), start=torch.zeros_like(x))
+    if layer.router.moe["score"] == "spike":
+        # The surrogate's gradient reaches the experts that fired; the others' outputs are not known.
+        weights = torch.where(weights == 0, 0.0, weights)
     return shared + (weights[..., None] * routed).sum(1)
 
 
@@ -77,6 +91,27 @@ def test_grouped_experts_equal_every_expert_on_every_token(model):
     used = [x, *layer.parameters()]
     gradients = [torch.autograd.grad((y * weight).sum(), used) for y in (out, expected)]
     assert all(relative_rms(*pair) < 1e-11 for pair in zip(*gradients, strict=True))
+
+
+@torch.no_grad()
+def test_an_expert_that_does_not_fire_is_not_computed():
+    layer = moe_model(FIRING).model.layers[1].mlp.moe
+    x = torch.randn(40, 32, dtype=torch.float64)
+    rows = []
+    for expert in layer.experts:
+        expert.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape[1]))
+    layer.mix({"hidden": x[None]}, {}, positions=None, cu_seqlens=None, mask=None)
+    routing = layer.router(x)
+    fired = routing.weights.sum(1)
+    assert rows == expert_load(routing).tolist()
+    assert sum(rows) == int(fired.sum()) < 3 * 40
+    assert bool((routing.experts[routing.weights == 0] == 4).all())
+    layer.router.balance_bias -= 10
+    alone, _ = layer.mix({"hidden": x[None]}, {}, positions=None, cu_seqlens=None, mask=None)
+    assert (
+        relative_rms(alone[0], layer.shared[0](x[None], {}, positions=None, cu_seqlens=None, mask=None)[0][0]) < EXACT
+    )
+    assert float(balance_loss_of(layer.router(x), 2)) == 0
 
 
 @torch.no_grad()

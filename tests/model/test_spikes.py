@@ -188,6 +188,35 @@ def test_every_spiking_linear_and_encoder_runs_once_a_forward_pass(layout, neuro
     assert set(encoders.values()) == {1}
 
 
+@pytest.mark.parametrize("neuron", PARALLEL)
+@pytest.mark.parametrize("score", ["softmax", "spike"])
+def test_every_spiking_linear_of_every_expert_runs_once_a_forward_pass(neuron, score):
+    options = {"channel_mixers": ["moe"], "moe": {"num_experts": 3, "top_k": 2, "score": score}}
+    model = tiny_model(["gla"], dtype=torch.float32, spiking={"neuron": neuron}, **options)
+    linears = calls_of(model, SpikingLinear)
+    model(input_ids=torch.randint(0, VOCABULARY, (1, 9)))
+    assert sum(".experts." in name for name in linears) == 3 * 3 * 3
+    assert set(linears.values()) == {1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_every_projection_reads_whole_counts_and_residuals_carry_membrane_values(neuron):
+    model = spiking_model(["gla"], neuron=neuron)
+    read, carried = [], []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _module, _inputs, output: carried.append(output[0]))
+        for block in (layer.mixer, layer.mlp):
+            for name in block.projections:
+                block.get_submodule(name).register_forward_pre_hook(
+                    lambda _module, inputs: read.append(inputs[0].counts)
+                )
+    model(input_ids=torch.randint(0, VOCABULARY, (1, 9)))
+    assert len(read) == sum(len(b.projections) for layer in model.model.layers for b in (layer.mixer, layer.mlp))
+    assert all(torch.equal(counts, counts.round()) for counts in read)
+    assert not any(torch.equal(hidden, hidden.round()) for hidden in carried)
+
+
 def test_excluded_projections_stay_dense():
     model = spiking_model(exclude=["down_proj", "o_proj"])
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear

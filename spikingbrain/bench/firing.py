@@ -1,0 +1,129 @@
+"""Tokens a second of one sequence at a large shape whose channels fire as a trained model's do; dense int8 beside it.
+
+Counts are recorded token by token. A wider layer takes those of the recorded layer of the same kind at the nearest
+relative depth: its channels are the quantiles, by how often a channel fires, of the recorded ones, in random order. A
+token's counts stay together, so what fires together in the recording does so here, and so does a token's share.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import load_model, load_tokenizer
+from ..errors import InputError
+from ..evaluation import pieces, text_files
+from ..files import read_json
+from ..packing import prepare
+from ..spiking import encoders, record_spikes, weights_read_by
+from . import Row, require_close, seconds
+from .decode import TOLERANCE, packed_bytes
+from .models import OurDecoder, ours, replay, silence
+
+CONTEXT = 256
+# The first tokens of a piece have read too little to fire as later ones do.
+SKIPPED = 64
+PASSES = 3
+LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--recorded DIR ... --text PATH ... --model CONFIG --tokens N"""
+    parser.add_argument("--recorded", nargs="+", required=True, metavar="DIR", help="trained spiking model directories")
+    parser.add_argument("--text", nargs="+", required=True, metavar="PATH", help="text files, or directories of them")
+    parser.add_argument("--glob", default="*", help="which files of a directory")
+    parser.add_argument("--model", default="configs/models/qwen2.5-0.5b-shape.json", help="config file of the shape")
+    parser.add_argument("--layers", type=int, help="use only so many layers")
+    parser.add_argument("--position", type=int, default=512, help="tokens read before")
+    parser.add_argument("--tokens", type=int, default=24, help="tokens timed, and recorded")
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> list[Row]:
+    """A row for the dense path, one for spikes of which none is silent, and one for each recorded model."""
+    rows = [_row("int8, dense", prepare(ours(args.model, "bf16", args.layers), "int8"), args)]
+    files = text_files(args.text, args.glob)
+    for number, path in enumerate(args.recorded):
+        spiking = _spiking(path)
+        model = ours(args.model, "bf16", args.layers, spiking=spiking)
+        counts = stretch(record(path, files, args.tokens), model)
+        share = unread_weights(model, counts)
+        expected = _logits(replay(model, counts))
+        prepare(model, "int8")
+        require_close(f"the model firing as {path}", _logits(replay(model, counts)), expected, TOLERANCE["int8"])
+        if number == 0:
+            rows.append(_row(f"int8, {spiking['neuron']}, none silent", silence(model, 0.0), args))
+        row = _row(f"int8, firing as {_name(path)}", replay(model, counts), args)
+        rows.append({**row, "weights unread": share, "times dense": rows[0]["ms"] / row["ms"]})
+    return rows
+
+
+def _spiking(path: str) -> dict[str, Any]:
+    spiking = read_json(Path(path) / "config.json").get("spiking")
+    if not spiking:
+        raise InputError(f"{path} has no spikes to record")
+    return spiking
+
+
+def _name(path: str) -> str:
+    """A run's name rather than that of the folder in it."""
+    place = Path(path)
+    return place.parent.name if place.name == "model" else place.name
+
+
+def record(path: str, files: list[Path], tokens: int) -> dict[str, Tensor]:
+    """Counts `[tokens, C]` of every encoder of the model in `path` at tokens spread over the texts."""
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    tokenizer.model_max_length = int(1e9)
+    rows = list(pieces(tokenizer, files, CONTEXT, -(-tokens // 8) * CONTEXT))
+    if not rows:
+        raise InputError(f"no document has {CONTEXT + 1} tokens")
+    with record_spikes(model) as recorded:
+        model(input_ids=torch.stack(rows)[:, :-1], use_cache=False)
+    later = {name: calls[0][:, SKIPPED:].flatten(0, 1) for name, calls in recorded.counts.items()}
+    return {name: counts[:: max(1, len(counts) // tokens)][:tokens] for name, counts in later.items()}
+
+
+def stretch(recorded: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The counts that each encoder of the wider, deeper `model` fires, from those `recorded`; see the module."""
+    depth = 1 + max(int(LAYER.search(name)[1]) for name in recorded)
+    generator = torch.Generator().manual_seed(0)
+    result = {}
+    for name, encoder in encoders(model).items():
+        layer, kind = LAYER.search(name).groups()
+        place = (int(layer) + 0.5) / model.config.num_hidden_layers
+        like = {other: (int(LAYER.search(other)[1]) + 0.5) / depth for other in recorded if other.endswith(f".{kind}")}
+        if not like:
+            raise InputError(f"nothing was recorded that {name} could fire like")
+        source = recorded[min(like, key=lambda other: abs(like[other] - place))]
+        result[name] = quantiles(source, encoder.neuron.channels, generator)
+    return result
+
+
+def quantiles(counts: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """`counts [N, C]` at `width` channels: evenly spaced quantiles of the firing frequency, in random order."""
+    order = (counts != 0).float().mean(0).argsort()
+    places = ((torch.arange(width) + 0.5) * (len(order) / width)).long()
+    return counts[:, order[places][torch.randperm(width, generator=generator)]]
+
+
+def unread_weights(model: Any, counts: dict[str, Tensor]) -> float:
+    """The share of the spiking projections' weights that need not be read."""
+    sizes = weights_read_by(model)
+    unread = sum(size * float((counts[name] == 0).float().mean()) for name, size in sizes.items())
+    return unread / sum(sizes.values())
+
+
+def _logits(model: Any) -> Tensor:
+    torch.manual_seed(0)
+    return OurDecoder(model, 1).step()
+
+
+def _row(name: str, model: Any, args: argparse.Namespace) -> Row:
+    """The time of a token over passes through all recorded tokens: the best pass, so that no token is left out."""
+    decoder = OurDecoder(model, args.position)
+    took = seconds(lambda _: [decoder.step() for _ in range(args.tokens)], repeats=PASSES) / args.tokens
+    return {"model": name, "ms": took * 1e3, "tokens/s": 1 / took, "weights GB": packed_bytes(model) / 1e9}
