@@ -1,4 +1,4 @@
-"""What stands in a block for a mixer or a neuron whose state vLLM keeps: the same functions, called on vLLM's blocks."""
+"""What stands in a block for a mixer or a neuron whose state vLLM keeps: the same functions on vLLM's pages."""
 
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class OpaqueEncoder(nn.Module):
         super().__init__()
         self.encoder, self.fire = encoder, fire
 
-    def forward(self, x: Tensor, state: LayerState | None = None, **_context: Any) -> Spikes:
+    def forward(self, x: Tensor, _state: LayerState | None = None, **_context: Any) -> Spikes:
         """As the encoder's."""
         spikes = self.fire({"x": x}, None, state_dtype(x.dtype))
         return Spikes(spikes["counts"].to(x.dtype), spikes["scale"], {})

@@ -1,4 +1,4 @@
-"""Checkpoints into vLLM's layers: every tensor has one target, and one that is left over, missing or misshapen is named."""
+"""Checkpoints into vLLM's layers: a tensor has one target; those left over, missing or misshapen are all named."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Target(NamedTuple):
 def load(
     config: Any, targets: dict[str, Target], is_elsewhere: Callable[[str], bool], weights: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Load a checkpoint's tensors, but those that are another stage's; raises `InputError` naming all that do not fit."""
+    """Load a checkpoint's tensors but another stage's; raises `InputError` naming all that do not fit."""
     names = (
         registry.load("families", config.model_type).NAMES if config.model_type in registry.names("families") else []
     )

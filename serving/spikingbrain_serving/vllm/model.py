@@ -23,10 +23,12 @@ from vllm.sequence import IntermediateTensors
 
 from spikingbrain.errors import InputError
 from spikingbrain.model import MixerBlock, SpikingBrainModel
+from spikingbrain.quantization import METHOD
 
 from .blocks import make_stateful
 from .loading import Target, by_vllm, group_size, load, projection_targets, sharded, unused, whole
 from .projections import gather_before_encoding, make_parallel
+from .quantization import SpikeInt8Config
 from .states import LayerStates, page_bytes, page_layout
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -58,9 +60,9 @@ class SpikingBrainDecoder(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config: Any = vllm_config.model_config.hf_config
-        _check_parallel(config, get_tensor_model_parallel_world_size())
-        with torch.device("meta"):
-            body = SpikingBrainModel(config).requires_grad_(False).eval()
+        _check(config, vllm_config.quant_config, get_tensor_model_parallel_world_size())
+        body = _without_memory(config)
+        (self.page_bytes,) = _page_shape(body, vllm_config)
         self.stage = Stage(config.num_hidden_layers)
         self.layers = nn.ModuleList(body.layers[self.stage.first : self.stage.end])
         self.targets: dict[str, Target] = {}
@@ -71,7 +73,7 @@ class SpikingBrainDecoder(nn.Module):
             shape = torch.Size([config.vocab_size, config.hidden_size])
             self.targets[EMBEDDING] = by_vllm(self.embed_tokens.weight, shape)
         for number, layer in enumerate(self.layers, self.stage.first):
-            self.targets |= _place_layer(layer, vllm_config, f"model.layers.{number}")
+            self.targets |= _place_layer(layer, vllm_config, self.page_bytes, f"model.layers.{number}")
         self.targets |= _materialise(body, "model", {})
         self.body = body
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
@@ -126,8 +128,7 @@ class SpikingBrainForVLLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefi
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
         """One page of bytes a layer."""
-        model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
-        return ((page_bytes(model.hf_config, model.dtype, ranks, model.max_model_len),),)
+        return (_page_shape(_without_memory(vllm_config.model_config.hf_config), vllm_config),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:  # noqa: ARG003
@@ -164,15 +165,28 @@ class SpikingBrainForVLLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefi
         return {name for name, _ in self.named_parameters()}
 
 
-def _check_parallel(config: Any, ranks: int) -> None:
-    """Raise `InputError` unless whole heads go to each rank."""
+def _check(config: Any, quant: Any, ranks: int) -> None:
+    """Raise `InputError` unless whole heads go to each rank and weights are as they are or int8 for spikes."""
+    if quant is not None and not isinstance(quant, SpikeInt8Config):
+        raise InputError(f"quantisation {quant.get_name()} knows no spikes; {METHOD} does")
     heads = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads")}
     odd = [f"{name} {count}" for name, count in heads.items() if count % ranks]
     if odd:
         raise InputError(f"tensor parallel size {ranks} does not divide {', '.join(odd)}")
 
 
-def _place_layer(layer: Any, vllm_config: VllmConfig, name: str) -> dict[str, Target]:
+def _without_memory(config: Any) -> SpikingBrainModel:
+    """Our own model, whose tensors have shapes only."""
+    with torch.device("meta"):
+        return SpikingBrainModel(config).requires_grad_(False).eval()
+
+
+def _page_shape(body: SpikingBrainModel, vllm_config: VllmConfig) -> tuple[int, ...]:
+    model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    return (page_bytes(body, model.dtype, ranks, model.max_model_len),)
+
+
+def _place_layer(layer: Any, vllm_config: VllmConfig, num_bytes: int, name: str) -> dict[str, Target]:
     """Put vLLM's layers into one of ours and give its other tensors memory; returns what to load where."""
     model, quant, ranks = vllm_config.model_config, vllm_config.quant_config, get_tensor_model_parallel_world_size()
     layout = page_layout(layer, model.dtype, ranks, model.max_model_len)
@@ -188,7 +202,6 @@ def _place_layer(layer: Any, vllm_config: VllmConfig, name: str) -> dict[str, Ta
             cut = getattr(block.get_submodule(mixer), "shard_dims", {})
             dims |= {f"{name}.{block_name}.{mixer}.{parameter}": dim for parameter, dim in cut.items()}
     targets |= _materialise(layer, name, dims)
-    num_bytes = page_bytes(model.hf_config, model.dtype, ranks, model.max_model_len)
     states = LayerStates(layout, num_bytes, f"{name}.states") if layout else None
     make_stateful(layer, states, model.hf_config, vllm_config.cache_config, name)
     for block in blocks.values():

@@ -5,7 +5,6 @@ Column-parallel where heads or channels are cut, replicated where `shard` says s
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -13,13 +12,16 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from spikingbrain.errors import InputError
 from spikingbrain.mixers import Projection
 from spikingbrain.model import MixerBlock
 from spikingbrain.neurons import Spikes
+from spikingbrain.quantization import METHOD
 from spikingbrain.spiking import SpikingLinear
 from spikingbrain.state import LayerState
+
+from .quantization import SpikeInt8Config
 
 
 class Piece(NamedTuple):
@@ -38,15 +40,15 @@ class Piece(NamedTuple):
 class ParallelProjections(nn.Module):
     """Projections that read the same input; those that are cut alike are one product."""
 
-    def __init__(self, projections: dict[str, Projection], spiking: bool, quant: QuantizationConfig | None, name: str):
+    def __init__(self, projections: dict[str, Projection], spiking: bool, quant: SpikeInt8Config | None, name: str):
         super().__init__()
-        self.spiking = spiking
         self.groups: list[dict[str, Projection]] = []
         self.linears = nn.ModuleList()
-        for key in dict.fromkeys(_cut(projection) for projection in projections.values()):
-            group = {n: projection for n, projection in projections.items() if _cut(projection) == key}
+        keys = {n: (_cut(projection), _quantised(n, spiking, quant)) for n, projection in projections.items()}
+        for key in dict.fromkeys(keys.values()):
+            group = {n: projection for n, projection in projections.items() if keys[n] == key}
             self.groups.append(group)
-            self.linears.append(_linear(group, spiking, quant if spiking else None, f"{name}.{'_'.join(group)}"))
+            self.linears.append(_linear(group, spiking, quant if key[1] else None, f"{name}.{'_'.join(group)}"))
 
     def by_name(self, x: Tensor | Spikes) -> dict[str, Tensor]:
         """Each projection's local part of the output `[B, T, out / ranks]`."""
@@ -85,7 +87,7 @@ class GatheredEncoder(nn.Module):
         return self.encoder(tensor_model_parallel_all_gather(x), state, **context)
 
 
-def make_parallel(block: MixerBlock, quant: QuantizationConfig | None, name: str) -> dict[str, Piece]:
+def make_parallel(block: MixerBlock, quant: SpikeInt8Config | None, name: str) -> dict[str, Piece]:
     """Put vLLM's linears in place of a block's; returns what to load into them, by projection."""
     pieces: dict[str, Piece] = {}
     for source in dict.fromkeys(projection.source for projection in block.projections.values()):
@@ -125,7 +127,16 @@ def _cut(projection: Projection) -> tuple[bool, bool, bool]:
     return projection.source == "mixed", projection.shard == "replicate", projection.bias
 
 
-def _linear(group: dict[str, Projection], spiking: bool, quant: QuantizationConfig | None, name: str) -> nn.Module:
+def _quantised(name: str, spiking: bool, quant: SpikeInt8Config | None) -> bool:
+    """Whether a projection has int8 weights, which only spikes can be multiplied with."""
+    if quant is None or name in quant.exclude:
+        return False
+    if not spiking:
+        raise InputError(f"{METHOD}: {name} takes no spikes; name it in exclude or turn spikes on")
+    return True
+
+
+def _linear(group: dict[str, Projection], spiking: bool, quant: SpikeInt8Config | None, name: str) -> nn.Module:
     first, *_ = group.values()
     # A spike's worth is multiplied in before the bias is added.
     common = {"bias": first.bias, "skip_bias_add": spiking, "quant_config": quant, "prefix": name}

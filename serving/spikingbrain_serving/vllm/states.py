@@ -5,7 +5,7 @@ them as one group. Softmax layers whose keys vLLM pages itself have no part in i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 # Registers torch.ops.vllm.linear_attention, which vLLM splits graphs at: it calls `_forward` of a layer by its name.
 from vllm.model_executor.layers.mamba.linear import minimax_linear_attn  # noqa: F401
-from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.linear_attn import (
     LinearAttentionBackend,
@@ -35,15 +35,8 @@ ALIGNMENT = 64
 Function = Callable[[dict[str, Tensor], LayerState, Tensor, Tensor | None], tuple[dict[str, Tensor], LayerState]]
 
 
-@dataclass
-class StateMetadata(LinearAttentionMetadata):
-    """vLLM's, and `fresh [N]`: blocks of sequences whose first token is in this batch, None without any."""
-
-    fresh: Tensor | None = None
-
-
 class StateMetadataBuilder(LinearAttentionMetadataBuilder):
-    """Finds the sequences that begin: vLLM hands out blocks as their last owner left them.
+    """Clears the pages of sequences that begin: vLLM hands out blocks as their last owner left them.
 
     A prompt of one token counts as a decode, so that whether a request is being decoded does not tell.
     """
@@ -53,14 +46,18 @@ class StateMetadataBuilder(LinearAttentionMetadataBuilder):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> StateMetadata:
-        """As vLLM's."""
+    ) -> LinearAttentionMetadata:
+        """As vLLM's, once a batch and before it runs."""
         batch = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        # Exact wherever nothing was computed yet.
+        # An upper bound, but exact where nothing was computed before.
         ends = common_attn_metadata.seq_lens_cpu_upper_bound
-        begins = ends == common_attn_metadata.query_start_loc_cpu.diff()
-        rows = begins.nonzero().squeeze(1).to(batch.state_indices_tensor.device)
-        return StateMetadata(**vars(batch), fresh=batch.state_indices_tensor[rows] if len(rows) else None)
+        begin = (ends == common_attn_metadata.query_start_loc_cpu.diff()).nonzero().squeeze(1)
+        if len(begin):
+            blocks = batch.state_indices_tensor[begin.to(batch.state_indices_tensor.device)]
+            layers = self.vllm_config.compilation_config.static_forward_context
+            for name in self.layer_names:
+                layers[name].kv_cache[0][blocks] = 0
+        return batch
 
 
 class StateBackend(LinearAttentionBackend):
@@ -93,10 +90,8 @@ def _local(spec: StateSpec, ranks: int, max_tokens: int) -> StateSpec:
     return replace(spec, shape=tuple(shape))
 
 
-def page_bytes(config: Any, dtype: torch.dtype, ranks: int, max_tokens: int) -> int:
+def page_bytes(model: SpikingBrainModel, dtype: torch.dtype, ranks: int, max_tokens: int) -> int:
     """The size of every layer's page: that of the layer that remembers most."""
-    with torch.device("meta"):
-        model = SpikingBrainModel(config)
     layouts = (page_layout(layer, dtype, ranks, max_tokens) for layer in model.layers)
     return max(sum(_room(spec) for spec in layout) for layout in layouts)
 
@@ -188,13 +183,10 @@ class Part(nn.Module):
             self._run_batch(hidden_states, output, positions, metadata[states.prefix], states)
 
     def _run_batch(
-        self, x: Tensor, output: Tensor, positions: Tensor, batch: StateMetadata, states: LayerStates
+        self, x: Tensor, output: Tensor, positions: Tensor, batch: LinearAttentionMetadata, states: LayerStates
     ) -> None:
         """Tokens being decoded come first, a row each; prefills follow as documents of one row; then padding."""
         pools = part(states.pools(), self.owner)
-        if batch.fresh is not None:
-            for pool in pools.values():
-                pool[batch.fresh] = 0
         blocks = batch.state_indices_tensor.long()
         decodes, first, end = batch.num_decodes, batch.num_decode_tokens, batch.num_decode_tokens
         end += batch.num_prefill_tokens
