@@ -31,7 +31,7 @@ from .projections import gather_before_encoding, make_parallel
 from .quantization import SpikeInt8Config
 from .states import LayerStates, page_bytes, page_layout
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Stage:
@@ -47,7 +47,8 @@ class Stage:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer:
             return not self.first <= int(layer[1]) < self.end
-        return name.startswith(("model.norm.", "lm_head.")) if not self.is_last else not self.is_first
+        # Norms are small: every stage has them.
+        return (name == EMBEDDING and not self.is_first) or (name == HEAD and not self.is_last)
 
 
 @support_torch_compile
@@ -117,9 +118,9 @@ class SpikingBrainForVLLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefi
     def _target_head(self, shape: torch.Size) -> None:
         targets = self.model.targets
         if not self.config.tie_word_embeddings:
-            targets["lm_head.weight"] = by_vllm(self.lm_head.weight, shape)
+            targets[HEAD] = by_vllm(self.lm_head.weight, shape)
             return
-        targets["lm_head.weight"] = unused(shape)
+        targets[HEAD] = unused(shape)
         if self.model.stage.is_first:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         else:
