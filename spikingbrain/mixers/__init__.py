@@ -37,6 +37,8 @@ class MixerContract(Protocol):
     Each part returns the states that it changed. Parameters live in submodules that are called, never on the mixer
     itself: sharding and offloading fetch them at the call.
 
+    `shard_dims`: which of its parameters tensor parallelism cuts, and along which dimension; none if it is not there.
+
     `kind`: how sequence parallelism passes the state on: `diagonal` and `dense` maps compose, `serial` states are
     handed from rank to rank, `attention` exchanges keys.
     """

@@ -23,6 +23,7 @@ class Mixer(nn.Module):
     """
 
     kind = "dense"
+    shard_dims = {"conv.q.weight": 0, "conv.k.weight": 0, "conv.v.weight": 0}
 
     def __init__(self, config: SpikingBrainConfig):
         super().__init__()

@@ -37,6 +37,7 @@ class Mixer(nn.Module):
     """
 
     kind = "diagonal"
+    shard_dims = {"augmentation.balance": 0}
 
     def __init__(self, config: SpikingBrainConfig):
         super().__init__()

@@ -37,6 +37,7 @@ class Mixer(nn.Module):
     """sigmoid(r_t) * wkv_t, with k, v and r from the token and the one before. As wide as the model; no heads."""
 
     kind = "serial"
+    shard_dims = {"wkv.time_decay": 0, "wkv.time_first": 0}
 
     def __init__(self, config: SpikingBrainConfig):
         super().__init__()

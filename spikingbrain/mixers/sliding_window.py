@@ -24,6 +24,7 @@ class Mixer(nn.Module):
     """
 
     kind = "attention"
+    shard_dims = {"sinks": 2}
 
     def __init__(self, config: SpikingBrainConfig):
         super().__init__()

@@ -1,0 +1,114 @@
+"""Against vLLM's real engine: greedy tokens are those of `generate`, whatever vLLM does with the requests."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from spikingbrain import registry
+
+from .conftest import LENGTHS, ask, engine, make_prompts, reference, save, save_family, save_qwen2, tokens_of
+
+vllm = pytest.importorskip("vllm", reason="needs vLLM in an environment of its own: make test-vllm")
+
+MIXERS = registry.names("mixers")
+PAIRS = [list(MIXERS[i : i + 2]) for i in range(0, len(MIXERS), 2)]
+LAYOUTS = {
+    **{" and ".join(pair): {"mixers": pair} for pair in PAIRS},
+    "in parallel": {"mixers": ["gla+sliding_window", "gla+softmax"], "qk_norm": True, "qkv_bias": True},
+    "sinks and a tied gate": {"mixers": ["gla+sliding_window", "softmax"], "num_sinks": 3, "gate": {"tied": True}},
+    "experts": {"mixers": ["gla"], "channel_mixers": ["moe"], "moe": {"num_experts": 4, "top_k": 2}},
+    "spikes, not all": {"mixers": ["gla", "sliding_window"], "spiking": {"exclude": ["v_proj"]}},
+    "neurons with a memory": {"mixers": ["gla"], "spiking": {"neuron": "lif", "params": {"v_th": 0.05}}},
+    "states of several sizes": {
+        "mixers": ["gla", "rwkv", "softmax"],
+        "channel_mixers": ["swiglu", "rwkv", "swiglu"],
+        "num_hidden_layers": 3,
+        "lif": {},
+        "norm": "layer_norm",
+    },
+}
+QWEN2 = """
+import sys
+from serving.vllm.conftest import ask, engine, make_prompts, tokens_of
+with engine(sys.argv[1]) as llm:
+    outputs = ask(llm, make_prompts(211), logprobs=2)
+print(repr([(tokens, output.outputs[0].cumulative_logprob) for tokens, output in zip(tokens_of(outputs), outputs)]))
+"""
+
+
+def check(path, prompts, rounds=3, **options):
+    """Several rounds, so that slots are reused; they hold states of longer prompts when one-token prompts come."""
+    expected = reference(path, prompts)
+    with engine(path, **options) as llm:
+        for _ in range(rounds):
+            assert tokens_of(ask(llm, prompts)) == expected
+
+
+@pytest.mark.parametrize("family", registry.names("families"))
+def test_every_family_gives_the_tokens_of_generate(family, tmp_path):
+    path = save_family(family, tmp_path / "model")
+    check(path, make_prompts(61))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_gives_the_tokens_of_generate(layout, tmp_path, prompts):
+    check(save(tmp_path / "model", **layout), prompts)
+
+
+def test_prompts_in_chunks_give_the_same_tokens(hybrid, prompts, expected):
+    with engine(hybrid, max_num_batched_tokens=32, max_num_seqs=3) as llm:
+        assert tokens_of(ask(llm, prompts)) == expected
+
+
+def test_prefixes_are_reused_and_tokens_stay_the_same(hybrid, prompts, expected):
+    # Blocks of 64 tokens, and chunks of one block, so that every block's end is kept.
+    with engine(hybrid, enable_prefix_caching=True, block_size=64, max_num_batched_tokens=64) as llm:
+        for cached in (0, 64, 64):
+            outputs = ask(llm, prompts)
+            assert tokens_of(outputs) == expected
+            assert [output.num_cached_tokens for output in outputs] == [cached * (length > 64) for length in LENGTHS]
+
+
+def test_several_outputs_logprobs_and_a_request_given_up(hybrid, prompts, expected):
+    with engine(hybrid) as llm:
+        # vLLM refuses several greedy outputs; the best one of one is the same.
+        outputs = ask(llm, prompts[:3], n=3, logprobs=4, temperature=1, top_k=1)
+        assert [[list(o.token_ids) for o in output.outputs] for output in outputs] == [[e] * 3 for e in expected[:3]]
+        for output in outputs:
+            for token, choices in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True):
+                assert len(choices) in (4, 5)
+                assert choices[token].rank == 1
+        inner = llm.llm_engine
+        inner.add_request("given up", {"prompt_token_ids": prompts[2]}, vllm.SamplingParams(max_tokens=100))
+        for _ in range(5):
+            inner.step()
+        inner.abort_request(["given up"])
+        assert not inner.has_unfinished_requests()
+        assert tokens_of(ask(llm, prompts)) == expected
+
+
+def test_a_compiled_model_gives_the_same_tokens(hybrid, prompts, expected):
+    with engine(hybrid, enforce_eager=False) as llm:
+        for _ in range(2):
+            assert tokens_of(ask(llm, prompts)) == expected
+
+
+@pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_ranks_give_the_same_tokens(hybrid, prompts, expected, split):
+    with engine(hybrid, **{split: 2}, distributed_executor_backend="mp") as llm:
+        for _ in range(2):
+            assert tokens_of(ask(llm, prompts)) == expected
+
+
+def test_another_model_behaves_as_without_the_plugin(tmp_path, prompts):
+    path = save_qwen2(tmp_path / "qwen2")
+    with engine(path) as llm:
+        outputs = ask(llm, prompts, logprobs=2)
+    ours = [(t, o.outputs[0].cumulative_logprob) for t, o in zip(tokens_of(outputs), outputs, strict=True)]
+    environment = {**os.environ, "VLLM_PLUGINS": "none", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", QWEN2, str(path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == repr(ours)
+    assert [tokens for tokens, _ in ours] == reference(path, prompts)
