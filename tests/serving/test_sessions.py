@@ -86,10 +86,11 @@ def test_the_state_of_another_model_is_refused(llm, state, tmp_path, tokenizer, 
     path = tmp_path / "s.safetensors"
     write_state(path, state, llm.engine.identity)
     spiking = LLM(save_model(tmp_path / "spiking", tokenizer, spiking={"neuron": "adaptive"}))
+    other_packing = LLM(model_dir, pack="none")
     touched = LLM(model_dir)
     with torch.no_grad():
-        touched.engine.model.model.layers[2].mlp.down_proj.weight[5, 3] += 1e-3
-    for other in (spiking, touched):
+        touched.engine.model.model.embed_tokens.weight[5, 3] += 1e-3
+    for other in (spiking, touched, other_packing):
         with pytest.raises(InputError, match="of another model"):
             read_state(path, other.engine.identity)
     assert read_state(path, LLM(model_dir).engine.identity).tokens == state.tokens
