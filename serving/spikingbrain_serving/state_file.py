@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,7 +90,18 @@ def write_state(path: Path, state: StoredState, identity: ModelIdentity) -> None
     }
     metadata["checksum"] = _checksum(tensors, metadata)
     with replaced_file(path) as aside:
-        save_file(tensors, aside, metadata)
+        _save(tensors, aside, metadata)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """`save_file`, of which a full disk is an OSError with its number, as of any other file."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), path.name) from error
 
 
 def read_state(path: Path, identity: ModelIdentity) -> StoredState:

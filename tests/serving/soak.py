@@ -31,6 +31,7 @@ import openai
 from safetensors.torch import load_file
 
 from .conftest import make_tokenizer, save_model
+from .fuzz import fuzz
 from .test_serve_command import start, wait_until_ready
 
 WARM_UP = 0.25
@@ -129,34 +130,6 @@ async def cancel(client: openai.AsyncOpenAI, num: int) -> dict[str, Any]:
     return {"cancelled": num, "seconds_to_the_next_answer": round(time.monotonic() - began, 2)}
 
 
-def fuzz(url: str, seconds: float) -> dict[str, Any]:
-    """Bodies put together from the fields of requests and nonsense: never a 5xx, never silence."""
-    draw, began, statuses = random.Random(0), time.monotonic(), {}
-    paths = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/sessions", "/tokenize", "/detokenize"]
-    fields = "model prompt messages input n stop seed logprobs max_tokens temperature tools response_format stream id"
-    values: list[Any] = [None, True, -1, 0, 2, 10**30, 1.5, "", "a", "\ud800", [], [1], ["a"], [[5]], {}, {"a": [{}]}]
-    values += ["x" * 10_000, [{"role": "user", "content": "hi"}], {"type": "json_object"}, [None], "../../x"]
-    while time.monotonic() - began < seconds:
-        body: Any = {name: draw.choice(values) for name in draw.sample(fields.split(), draw.randint(0, 6))}
-        body = {**body, "max_tokens": draw.choice([3, draw.choice(values)])}
-        raw = json.dumps(body).encode()
-        if draw.random() < 0.2:
-            cut = draw.randrange(len(raw))
-            raw = raw[:cut] + bytes(draw.choices(range(256), k=3)) + raw[cut + draw.randint(0, 3) :]
-        request = urllib.request.Request(url + draw.choice(paths), raw, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                answer.read()
-                status = answer.status
-        except urllib.error.HTTPError as error:
-            status = error.code
-            error.close()
-        if status >= 500:
-            raise AssertionError(f"status {status} for {raw!r}")
-        statuses[status] = statuses.get(status, 0) + 1
-    return {"seconds": seconds, "statuses": dict(sorted(statuses.items()))}
-
-
 def slow(url: str, num: int) -> dict[str, Any]:
     """Clients that ask for long streams and read nothing; meanwhile others are answered."""
     body = json.dumps({"prompt": "a", "max_tokens": 9000, "ignore_eos": True, "stream": True, "logprobs": 5}).encode()
@@ -181,7 +154,7 @@ def faults(model: Path, directory: Path) -> dict[str, Any]:
     """kill -9 in the middle of saves, and a disk that is full: the old session is whole, and an error says why."""
     prompt = [5 + index * 7919 % 300 for index in range(200)]
     sizes = {"kills_in_saves": 0}
-    for delay in (0.05, 0.1, 0.2, 0.3, 0.5):
+    for delay in (0.05, 0.1, 0.3):
         with served(model, "--session-dir", directory) as (process, url):
             ask(f"{url}/v1/sessions", {"id": "kept", "prompt": prompt})
             saver = threading.Thread(target=save_until_killed, args=(url, prompt[:-1]))
