@@ -30,6 +30,8 @@ from typing import Any
 import openai
 from safetensors.torch import load_file
 
+from spikingbrain.files import read_json, write_json
+
 from .conftest import make_tokenizer, save_model
 from .fuzz import fuzz
 from .test_serve_command import start, wait_until_ready
@@ -250,16 +252,15 @@ def main() -> None:
     unknown = sorted(set(args.parts) - set(PARTS))
     if unknown:
         parser.error(f"unknown part {unknown[0]}; choose from {', '.join(PARTS)}")
-    figures = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     command = shlex.join(["python", "-m", "tests.serving.soak", *sys.argv[1:]])
     for part in args.parts or PARTS:
         with tempfile.TemporaryDirectory() as directory:
             model = save_model(Path(directory) / "tiny", make_tokenizer(), num_hidden_layers=2)
-            figures[part] = {"command": command, **PARTS[part](args, model, Path(directory))}
-        text = json.dumps(figures, indent=2) + "\n"
+            figures = {part: {"command": command, **PARTS[part](args, model, Path(directory))}}
+        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
         if args.out:
-            args.out.write_text(text)
-    sys.stdout.write(text)
+            before = read_json(args.out) if args.out.exists() else {}
+            write_json(args.out, {**before, **figures})
 
 
 Part = Callable[[argparse.Namespace, Path, Path], dict[str, Any]]
