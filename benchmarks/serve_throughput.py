@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import openai
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spikingbrain.bench import models as shapes
@@ -51,12 +51,16 @@ def save_model(config: Path, directory: Path, *, softmax: bool) -> None:
     if softmax:
         model = shapes.qwen2(model.config, "bf16")
     model.save_pretrained(directory)
-    tokenizer = Tokenizer(models.BPE())
+    save_tokenizer(model.config.vocab_size, directory)
+
+
+def save_tokenizer(vocab_size: int, directory: Path) -> None:
+    """Bytes, and a text for each further token, so that every token of an answer has one."""
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
+    names += [f"t{index}" for index in range(len(names), vocab_size)]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
 
 
