@@ -65,12 +65,14 @@ def prepare(model: Any, kind: str = "auto", *, head_kind: str | None = None) -> 
     """Pack every projection and the head of `model`, in place, and give it back.
 
     `kind`: fp32, bf16, int8 (rounded in groups of 128 inputs) or auto, the model's own. `head_kind`: the head's, by
-    default the same. Projections in int8 keep their codes; those with codes beyond int8, groups of another size or a
-    module of their own stay as they are. The model keeps only the packed weights, so it can no longer be trained or
-    saved. Raises `InputError` for an unknown kind, a model that is not in fp32 or bf16 on the CPU, or without the
-    native library.
+    default the same. A row of a packed product has the same bits in every batch and chunk and with any number of
+    threads. Projections in int8 keep their codes; those with codes beyond int8, groups of another size or a module of
+    their own stay as they are. The model keeps only the packed weights, so it can no longer be trained or saved. Raises
+    `InputError` for an unknown kind, a model that is not in fp32 or bf16 on the CPU, or without the native library.
     """
-    _check(model)
+    reason = why_not(model)
+    if reason:
+        raise InputError(reason)
     kind = KIND_OF[model.dtype] if kind == "auto" else kind
     head_kind = head_kind or kind
     unknown = sorted({kind, head_kind} - set(KINDS))
@@ -86,15 +88,15 @@ def prepare(model: Any, kind: str = "auto", *, head_kind: str | None = None) -> 
     return model.eval()
 
 
-def _check(model: Any) -> None:
+def why_not(model: Any) -> str | None:
+    """Why `prepare` would refuse `model`; None if it would not."""
     reason = missing()
     if reason:
-        raise InputError(f"native {reason}")
+        return f"native {reason}"
     if model.device.type != "cpu" or model.dtype not in KIND_OF:
         choices = " or ".join(str(dtype) for dtype in KIND_OF)
-        raise InputError(f"packing takes a model in {choices} on the CPU, not in {model.dtype} on {model.device.type}")
-    if isinstance(model.lm_head, PackedLinear):
-        raise InputError("this model is packed already")
+        return f"packing takes a model in {choices} on the CPU, not in {model.dtype} on {model.device.type}"
+    return "this model is packed already" if isinstance(model.lm_head, PackedLinear) else None
 
 
 def _pack_block(block: MixerBlock, kind: str) -> None:

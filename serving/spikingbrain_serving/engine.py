@@ -48,7 +48,7 @@ class Engine:
         self.prefixes = PrefixTree(config.prefix_cache_bytes, self._spill) if config.prefix_cache_bytes else None
         self._scheduler = Scheduler(self.pool, config.max_num_batched_tokens, config.preempt_after)
         self._keeper = StateKeeper(self.pool, self.prefixes, self.stats)
-        self._runner = ModelRunner(model, self.pool)
+        self._runner = ModelRunner(model, self.pool, self.stats)
         self._groups: dict[str, list[Sequence]] = {}
         # Further outputs of a prompt, which start when the first has computed it.
         self._siblings: dict[str, list[Sequence]] = {}

@@ -11,6 +11,7 @@ from spikingbrain.spiking import SpikeRecord, record_spikes
 from spikingbrain.state import StatePool
 
 from .sequence import Sequence
+from .stats import EngineStats
 
 RASTER_CHANNELS = 48
 
@@ -21,9 +22,10 @@ class ModelRunner:
     Both leave each sequence's last hidden state in it and count what was computed.
     """
 
-    def __init__(self, model: Any, pool: StatePool):
+    def __init__(self, model: Any, pool: StatePool, stats: EngineStats):
         self._model = model
         self._pool = pool
+        self._stats = stats
 
     @torch.inference_mode()
     def prefill(self, sequence: Sequence, num_tokens: int) -> None:
@@ -43,16 +45,19 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, sequences: list[Sequence]) -> Tensor:
         """Logits `[B, V]` of what comes after each sequence."""
-        return self._model.lm_head(torch.stack([s.hidden for s in sequences if s.hidden is not None]))
+        hidden = torch.stack([s.hidden for s in sequences if s.hidden is not None])
+        with self._stats.computing():
+            return self._model.lm_head(hidden)
 
     def _step(self, tokens: list[list[int]], positions: list[list[int]], sequences: list[Sequence]) -> None:
         device = self._model.device
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
-        hidden, _ = self._model.step(
-            torch.tensor(tokens, device=device),
-            self._pool.states(slots),
-            positions=torch.tensor(positions, device=device),
-        )
+        with self._stats.computing():
+            hidden, _ = self._model.step(
+                torch.tensor(tokens, device=device),
+                self._pool.states(slots),
+                positions=torch.tensor(positions, device=device),
+            )
         # A copy: a view would keep the hidden states of the whole chunk.
         for sequence, row, last in zip(sequences, tokens, hidden[:, -1].clone(), strict=True):
             sequence.num_computed += len(row)

@@ -14,6 +14,7 @@ GREEDY_BELOW = 1e-5
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOPS = 64
+SHORTLIST = 1024
 SEED_RANGE = (-(2**63), 2**63 - 1)
 
 
@@ -123,11 +124,11 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
     if params.is_greedy:
         token = int(logits.argmax())
     else:
-        kept = _keep_top_p(_keep_top_k(logits / params.temperature, params.top_k), params.top_p)
+        kept, tokens = _likeliest(logits / params.temperature, params)
         kept = _keep_min_p(kept, params.min_p)
-        # A sum that is not finite would make multinomial fail with a message about probabilities.
         _require_numbers(kept.max())
-        token = int(torch.multinomial(kept.softmax(-1), 1, generator=generator))
+        drawn = _draw(kept, generator)
+        token = drawn if tokens is None else int(tokens[drawn])
     _require_numbers(logits[token])
     return token
 
@@ -137,19 +138,33 @@ def _require_numbers(logit: Tensor) -> None:
         raise ArithmeticError(f"the model's logits contain {logit.item()}")
 
 
-def _keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    if top_k < 1 or top_k >= len(logits):
-        return logits
-    return logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
+def _likeliest(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """The logits that `top_k` and then `top_p` keep, and which tokens' they are; None: all, in order.
+
+    `top_p` keeps the likeliest tokens whose probabilities add up to it, one at least. They are nearly always among few:
+    a vocabulary takes longer to sort than a small model to compute.
+    """
+    has_top_k = 1 <= params.top_k < len(logits)
+    if not has_top_k and params.top_p == 1:
+        return logits, None
+    kept, tokens = logits.topk(params.top_k if has_top_k else min(SHORTLIST, len(logits)))
+    total = (kept if has_top_k else logits).logsumexp(-1)
+    if not has_top_k and (kept - total).exp().sum() < params.top_p:
+        kept, tokens = logits.sort(descending=True)
+    if params.top_p < 1:
+        probabilities = (kept - total).exp()
+        num = max(1, int((probabilities.cumsum(-1) - probabilities < params.top_p).sum()))
+        kept, tokens = kept[:num], tokens[:num]
+    return kept, tokens
 
 
-def _keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """The likeliest tokens whose probabilities add up to at least `top_p`, one at least."""
-    if top_p == 1:
-        return logits
-    ordered, index = logits.sort(descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    return logits.index_fill(0, index[1:][before[1:] >= top_p], -math.inf)
+def _draw(logits: Tensor, generator: torch.Generator) -> int:
+    """An index by its probability: where the cumulative sum passes a uniform number; one draw, not one a token."""
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    point = torch.rand((), generator=generator, dtype=torch.float64, device=logits.device) * cumulative[-1]
+    # Rounding may not lead past the last that can be drawn.
+    point = point.minimum(cumulative[-1].nextafter(torch.zeros_like(point)))
+    return int(torch.searchsorted(cumulative, point, right=True))
 
 
 def _keep_min_p(logits: Tensor, min_p: float) -> Tensor:

@@ -1,5 +1,6 @@
 """Sessions on disk: a directory of state files by name; what was saved outlives the process."""
 
+import contextlib
 import errno
 import json
 import re
@@ -17,6 +18,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SUFFIX = ".safetensors"
 NOT_FOUND, FULL, CONFLICT = "session_not_found", "insufficient_storage", "session_conflict"
 OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ABANDONED_SECONDS = 3600
 # Sessions with this beginning were not named by anybody: the oldest make room for new ones.
 RESPONSE_PREFIX = "resp_"
 
@@ -40,6 +42,14 @@ class SessionStore:
         self._identity = identity
         self._max_bytes = max_bytes
         directory.mkdir(parents=True, exist_ok=True)
+        self._remove_abandoned()
+
+    def _remove_abandoned(self) -> None:
+        """Remove what a process that was killed left half written; a new one may still be written by another."""
+        for file in self._directory.glob(f".*{SUFFIX}.partial-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
+                    file.unlink()
 
     def _path(self, name: str) -> Path:
         if not NAME.fullmatch(name):

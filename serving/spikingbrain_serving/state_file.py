@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from spikingbrain.errors import InputError
 from spikingbrain.files import replaced_file
+from spikingbrain.packing import PackedLinear
 from spikingbrain.state import StateSpec
 
 from .snapshot import Snapshot
@@ -26,7 +29,10 @@ NOT_THE_MODEL = {"_name_or_path", "architectures", "transformers_version", "use_
 
 
 class ModelIdentity:
-    """Tells whether a state is this model's: a hash of config and weights, computed when first needed."""
+    """Tells whether a state is this model's: a hash of config and weights, computed when first needed.
+
+    Weights packed otherwise are another model: a state goes on bit for bit or not at all.
+    """
 
     def __init__(self, model: Any):
         self._model = model
@@ -40,11 +46,21 @@ class ModelIdentity:
         config = {key: value for key, value in self._model.config.to_dict().items() if key not in NOT_THE_MODEL}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         with torch.inference_mode():
-            for name, weight in sorted(self._model.state_dict().items()):
+            for name, weight in sorted(_weights(self._model).items()):
                 values = torch.hash_tensor(weight).item() if weight.numel() else 0
                 first = weight.flatten()[:64].double().tolist()
                 digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {values} {first}".encode())
         return digest.hexdigest()
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    """Every tensor that the model computes with, packed ones too."""
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            packed = {"weight": module.packed.weight, "scale": module.packed.scale}
+            weights |= {f"{name}.{part}": tensor for part, tensor in packed.items() if tensor is not None}
+    return weights
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,18 @@ def write_state(path: Path, state: StoredState, identity: ModelIdentity) -> None
     }
     metadata["checksum"] = _checksum(tensors, metadata)
     with replaced_file(path) as aside:
-        save_file(tensors, aside, metadata)
+        _save(tensors, aside, metadata)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """`save_file`, of which a full disk is an OSError with its number, as of any other file."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), path.name) from error
 
 
 def read_state(path: Path, identity: ModelIdentity) -> StoredState:

@@ -1,7 +1,9 @@
 """What the engine counts while it works; `metrics.py` shows it to Prometheus."""
 
+import contextlib
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 # Durations in seconds: their names here and what they measure.
@@ -21,7 +23,10 @@ def _ignore(_name: str, _seconds: float) -> None:
 
 @dataclass
 class EngineStats:
-    """Counts since the start. `misses`: prompts whose prefix was not wholly reused, by the reason why."""
+    """Counts since the start. `misses`: prompts whose prefix was not wholly reused, by the reason why.
+
+    `model_seconds`: time in the model's own computation; what a step takes beyond it is the engine's.
+    """
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -29,9 +34,19 @@ class EngineStats:
     recoveries: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    model_seconds: float = 0.0
     misses: Counter[str] = field(default_factory=Counter)
     finished: Counter[str] = field(default_factory=Counter)
     observe: Callable[[str, float], None] = _ignore
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Count the time of the block as the model's."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.model_seconds += time.monotonic() - began
 
 
 @dataclass

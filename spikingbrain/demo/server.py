@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoint import load_model, load_tokenizer
 from ..errors import InputError
+from ..packing import prepare, why_not
 from .stages import script
 
 PROMPTS = ("import os\n\n\ndef ", "class Queue:\n    def __init__(self", "    return self.", "# This module provides")
@@ -87,6 +88,9 @@ def _complete(client: Any) -> tuple[list[str], list[list[int]]]:
 
 def _generate(model: Path) -> list[list[int]]:
     network, tokenizer = load_model(model), load_tokenizer(model)
+    if why_not(network) is None:
+        # As the server does: then tokens are equal to the last one, ties of rounding too.
+        network = prepare(network)
     tokens = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")

@@ -46,7 +46,40 @@ responses = ChatOpenAI(max_tokens=8, use_responses_api=True, **base).invoke("doe
 assert responses.usage_metadata["output_tokens"] == 8, responses
 assert OpenAI(max_tokens=8, **base).invoke("a")
 """
+# The requests of `vllm bench serve` and of guidellm, 16 at a time; the tools themselves bring PyTorch along.
+LOADS = """
+import json, sys, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+base, root = sys.argv[1], sys.argv[1].removesuffix("/v1")
+assert urllib.request.urlopen(f"{root}/health").status == 200
+name = json.load(urllib.request.urlopen(f"{base}/models"))["data"][0]["id"]
+usage = {"include_usage": True, "continuous_usage_stats": True}
+common = {"model": name, "stream": True, "ignore_eos": True, "temperature": 0.0, "repetition_penalty": 1.0}
+tokens = [5 + i * 7 % 250 for i in range(100)]
+user = [{"role": "user", "content": [{"type": "text", "text": "does it rain? " * 20}]}]
+vllm = {**common, "max_tokens": 24, "logprobs": None, "stream_options": {"include_usage": True}}
+guidellm = {**common, "max_tokens": 24, "max_completion_tokens": 24, "stop": None, "stream_options": usage}
+REQUESTS = [
+    ("completions", {**vllm, "prompt": tokens}),
+    ("chat/completions", {**vllm, "max_completion_tokens": 24, "messages": user}),
+    ("completions", {**guidellm, "prompt": "does it rain? " * 20}),
+    ("chat/completions", {**guidellm, "messages": user}),
+]
+def ask(number):
+    path, body = REQUESTS[number % len(REQUESTS)]
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer none"}
+    request = urllib.request.Request(f"{base}/{path}", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        *lines, done = [line[6:].strip() for line in answer if line.startswith(b"data: ")]
+    assert done == b"[DONE]", done
+    *chunks, last = map(json.loads, lines)
+    assert all(chunk["choices"] for chunk in chunks), chunks
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 24, last
+with ThreadPoolExecutor(16) as pool:
+    print(len(list(pool.map(ask, range(400)))), "requests")
+"""
 # litellm would ask the internet for prices.
+SCRIPTS = {"litellm": LITELLM, "langchain-openai": LANGCHAIN, "loads of vllm bench and guidellm": LOADS}
 NO_DOWNLOADS = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 CURL = (
     "curl",
@@ -64,7 +97,7 @@ def main() -> None:
         model = save_model(Path(directory) / "tiny", make_tokenizer())
         with serving(model, max_model_len=5000) as server:
             base = f"{server.url}/v1"
-            for name, script in (("litellm", LITELLM), ("langchain-openai", LANGCHAIN)):
+            for name, script in SCRIPTS.items():
                 subprocess.run([python, "-c", script, base], check=True, timeout=300, env=NO_DOWNLOADS)
                 sys.stdout.write(f"{name}: well\n")
             answer = subprocess.run([*CURL, f"{base}/completions"], check=True, capture_output=True, text=True)

@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from spikingbrain import SpikingBrainConfig, SpikingBrainForCausalLM
+from spikingbrain.checkpoint import load_model
+from spikingbrain_serving.loading import packed
 
+# Two logits so close may change places with the rounding of a sum.
+TIE = 1e-4
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL = [END_OF_TEXT, "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -59,10 +63,16 @@ def save_model(path: Path, tokenizer: PreTrainedTokenizerFast, **settings: objec
 
 
 def generate(
-    model_dir: Path, prompts: list[list[int]], num_tokens: int, *, ignore_eos: bool = False
+    model_dir: Path,
+    prompts: list[list[int]],
+    num_tokens: int,
+    *,
+    ignore_eos: bool = False,
+    dtype: str = "auto",
+    pack: str = "auto",
 ) -> list[list[int]]:
-    """What `generate` of transformers makes of each prompt alone, greedily."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    """What `generate` of transformers makes of each prompt alone, greedily, with the weights packed as the engine's."""
+    model = packed(load_model(model_dir, dtype), pack)
     if ignore_eos:
         model.generation_config.eos_token_id = None
     outputs = []
@@ -70,6 +80,20 @@ def generate(
         output = model.generate(torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
         outputs.append(output[0, len(prompt) :].tolist())
     return outputs
+
+
+def num_ties(model_dir: Path, prompts: list[list[int]], outputs: list[list[int]], expected: list[list[int]]) -> int:
+    """How many outputs part from what was expected, all of them where the two tokens' logits are within `TIE`."""
+    model, ties = load_model(model_dir), 0
+    for prompt, output, tokens in zip(prompts, outputs, expected, strict=True):
+        parted = next((i for i, pair in enumerate(zip(output, tokens, strict=True)) if pair[0] != pair[1]), None)
+        if parted is not None:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + tokens[:parted]])).logits[0, -1]
+            gap = abs(float(logits[output[parted]] - logits[tokens[parted]]))
+            assert gap <= TIE, f"{output} parts from {tokens} at {parted}, where the logits differ by {gap}"
+            ties += 1
+    return ties
 
 
 @pytest.fixture(scope="session")

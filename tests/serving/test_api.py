@@ -212,6 +212,33 @@ class TestForms:
         assert (call.function.name, reason) == ("weather", "tool_calls")
         assert json.loads(call.function.arguments)["city"] in ("Graz", "Wien")
 
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("choice", ["auto", "none", None])
+    def test_a_tool_that_may_be_called_is_seen_in_the_text_unless_there_is_none(self, served, stream, choice):
+        text = '<tool_call>{"name": "weather", "arguments": {"city": "Graz"}}</tool_call>'
+        body = {"messages": CHAT, "tools": [WEATHER], "max_tokens": 200, "structured_outputs": {"choice": [text]}}
+        body |= {"tool_choice": choice} if choice else {}
+        if stream:
+            chunks = [event["choices"][0] for event in served.events("/v1/chat/completions", body)]
+            content = "".join(chunk["delta"].get("content") or "" for chunk in chunks)
+            calls = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", ())]
+            reason = chunks[-1]["finish_reason"]
+        else:
+            (answer,) = post(served, "/v1/chat/completions", body)["choices"]
+            content, calls = answer["message"].get("content") or "", answer["message"].get("tool_calls", [])
+            reason = answer["finish_reason"]
+        if choice == "none":
+            assert (content, calls, reason) == (text, [], "stop")
+        else:
+            (call,) = calls
+            assert (content, call["function"]["name"], reason) == ("", "weather", "tool_calls")
+            assert json.loads(call["function"]["arguments"]) == {"city": "Graz"}
+
+    def test_a_tool_choice_without_such_a_tool_is_refused(self, served):
+        named = {"type": "function", "function": {"name": "news"}}
+        for body in ({"tools": [WEATHER], "tool_choice": named}, {"tool_choice": "required"}):
+            require_error(served.ask("/v1/chat/completions", {"messages": CHAT, **body}), 400, param="tool_choice")
+
 
 def test_several_choices_come_apart_and_stream_apart(served):
     settings = {"model": "tiny", "prompt": PROMPTS[:2], "n": 3, "seed": 5, "max_tokens": 8}

@@ -39,6 +39,24 @@ def test_top_p_keeps_the_fewest_that_reach_p(top_p, kept):
     assert set(draws(top_p=top_p)) == kept
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.7}, {"top_k": 5}, {"top_k": 30, "top_p": 0.6}, {"min_p": 0.2}])
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_what_is_drawn_from_a_large_vocabulary_follows_its_definition(settings, spread):
+    logits = torch.randn(3000) * spread
+    probabilities = logits.softmax(-1)
+    order = probabilities.argsort(descending=True)[: settings.get("top_k", 3000)]
+    kept = probabilities[order] / probabilities[order].sum()
+    order = order[: 1 + int((kept.cumsum(-1) < settings.get("top_p", 1.1)).sum())]
+    order = order[probabilities[order] >= settings.get("min_p", 0.0) * probabilities.max()]
+    generator, params = torch.Generator().manual_seed(1), SamplingParams(**settings)
+    drawn = Counter(sample(logits, params, generator) for _ in range(400))
+    assert set(drawn) <= set(order.tolist())
+    share = probabilities[order] / probabilities[order].sum()
+    half = order[: 1 + int((share.cumsum(-1) < 0.5).sum())].tolist()
+    expected = float(probabilities[half].sum() / probabilities[order].sum())
+    assert sum(drawn[token] for token in half) / 400 == pytest.approx(expected, abs=0.1)
+
+
 def test_a_high_temperature_evens_the_odds():
     counts = draws(2000, temperature=100.0)
     assert min(counts.values()) > 400

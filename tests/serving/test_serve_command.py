@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from http.client import HTTPResponse
+from typing import Any
 
 import pytest
 
@@ -20,12 +21,13 @@ from spikingbrain_serving.commands.serve import read_keys
 MAIN = "from spikingbrain.cli import main; raise SystemExit(main())"
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def start(*arguments: object, **process: Any) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", MAIN, "serve", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **process,
     )
 
 

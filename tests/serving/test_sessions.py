@@ -1,7 +1,7 @@
 """Saved states: refused unless whole and of this model; complete or absent whatever happens while they are written."""
 
-import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -86,10 +86,11 @@ def test_the_state_of_another_model_is_refused(llm, state, tmp_path, tokenizer, 
     path = tmp_path / "s.safetensors"
     write_state(path, state, llm.engine.identity)
     spiking = LLM(save_model(tmp_path / "spiking", tokenizer, spiking={"neuron": "adaptive"}))
+    other_packing = LLM(model_dir, pack="none")
     touched = LLM(model_dir)
     with torch.no_grad():
-        touched.engine.model.model.layers[2].mlp.down_proj.weight[5, 3] += 1e-3
-    for other in (spiking, touched):
+        touched.engine.model.model.embed_tokens.weight[5, 3] += 1e-3
+    for other in (spiking, touched, other_packing):
         with pytest.raises(InputError, match="of another model"):
             read_state(path, other.engine.identity)
     assert read_state(path, LLM(model_dir).engine.identity).tokens == state.tokens
@@ -119,18 +120,29 @@ def test_killing_the_process_while_it_saves_leaves_the_old_state_whole(llm, stat
     assert read_state(path, llm.engine.identity).tokens == state.tokens
 
 
-def test_a_full_disk_is_said_and_leaves_the_old_state_whole(store, state, monkeypatch):
-    store.save("s", state)
-
-    def full(_descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+@pytest.mark.parametrize("share", [0.01, 0.6])
+def test_a_full_disk_is_said_and_leaves_the_old_state_whole(store, state, share):
+    size = store.save("s", state).bytes
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A file that may not grow fails where a full disk does, in the middle of a write.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size * share), hard))
+    try:
         with pytest.raises(InvalidRequest, match="disk is full"):
             store.save("s", StoredState([1], state.snapshot))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert store.load("s").tokens == state.tokens
     assert [file.name for file in store._directory.iterdir()] == ["s.safetensors"]
+
+
+def test_what_a_killed_process_left_half_written_is_removed_in_time(store, state):
+    store.save("s", state)
+    old, new = (store._directory / f".s.safetensors.partial-{name}" for name in ("old", "new"))
+    for file in (old, new):
+        file.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    SessionStore(store._directory, store._identity, 10**9)
+    assert {file.name for file in store._directory.iterdir()} == {"s.safetensors", new.name}
 
 
 def test_sessions_are_listed_forked_and_deleted(store, state):

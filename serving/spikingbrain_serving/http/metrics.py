@@ -60,6 +60,7 @@ class _EngineCollector(Collector):
             "vllm:prefix_cache_queries": ("Tokens looked up for reuse.", stats.prefix_queries),
             "vllm:prefix_cache_hits": ("Tokens whose state was reused.", stats.prefix_hits),
             "vllm:num_preemptions": ("States copied out to let another run.", stats.preemptions),
+            "spikingbrain:model_seconds": ("Seconds of the model's own computation.", stats.model_seconds),
             "spikingbrain:batch_recoveries": ("Batches that failed and were computed again.", stats.recoveries),
         }
         for name, (meaning, count) in counts.items():
