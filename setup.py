@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 SOURCES = Path("kernels/csrc")
 KERNELS = ("linear", "recurrent", "attention", "elementwise")
@@ -35,7 +35,7 @@ class BuildNative(build_ext):
             objects = [self._object(kernel, level) for kernel in KERNELS for level in LEVELS]
             objects += self.compiler.compile([str(SOURCES / "levels.cpp")], self.build_temp, extra_postargs=FLAGS)
             self.compiler.link_shared_object(objects, str(target), extra_postargs=["-fopenmp"], target_lang="c++")
-        except (BaseError, OSError) as error:
+        except (BaseError, CCompilerError, OSError) as error:
             sys.stderr.write(f"warning: built without the native backend, a C++17 compiler is needed: {error}\n")
 
     def _object(self, kernel: str, level: str) -> str:

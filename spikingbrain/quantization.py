@@ -128,7 +128,8 @@ def quantize_projections(model: Any) -> Any:
         raise InputError(f"int8 weights: no spiking projection has whole groups of {GROUP_SIZE} inputs")
     for name, (block, part) in found.items():
         if name not in exclude:
-            setattr(block, part, _quantized(block.get_submodule(part)))
+            linear: Any = block.get_submodule(part)
+            setattr(block, part, _quantized(linear))
     model.config.quantization_config = {"quant_method": METHOD, "group_size": GROUP_SIZE, "exclude": exclude}
     return model
 

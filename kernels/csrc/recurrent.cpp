@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t SLICE = 32;  // columns of the state a task holds in the first cache
 constexpr int HEADS = 8;       // query heads at once
+constexpr int64_t CHUNK = 16;  // tokens from one kept state to the next
 constexpr int64_t ALONE = 1 << 16;  // elements of state for which it is not worth waking other threads
 
 struct Tensor {
@@ -22,6 +23,7 @@ struct Recurrence {
     void* out;
     float scale;
     int64_t heads, groups, key, value, decay_width;
+    float* kept;  // [starts[documents] / CHUNK + documents, groups, key, value]: the state before each chunk, or null
 };
 
 const void* place(const Tensor& x, int64_t token, int64_t element) {
@@ -67,13 +69,28 @@ void put(const Recurrence& r, int64_t token, int64_t head, int64_t column, int64
         store_part((bf16*)r.out + place, x, width);
 }
 
+// Where the state before the chunk of a document's token `n` is kept.
+float* kept_state(const Recurrence& r, int64_t document, int64_t group, int64_t n) {
+    const int64_t chunk = r.starts[document] / CHUNK + document + (n - r.starts[document]) / CHUNK;
+    return r.kept + (chunk * r.groups + group) * r.key * r.value;
+}
+
+void read_decay(const Recurrence& r, int64_t token, int64_t group, float* decay) {
+    widen_row(place(r.decay, token, group * r.decay_width), r.decay.type, r.decay_width, decay);
+    for (int64_t i = 0; i < r.decay_width; i += W) store(decay + i, exponential(load(decay + i)));
+    for (int64_t i = r.decay_width; i < r.key; i++) decay[i] = decay[0];
+}
+
+// `rows` rows of `width` floats, from rows `from` apart to rows `to` apart.
+void copy_rows(const float* x, int64_t from, int64_t rows, int64_t width, float* out, int64_t to) {
+    for (int64_t i = 0; i < rows; i++) memcpy(out + i * to, x + i * from, width * sizeof(float));
+}
+
 void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first, int64_t width, float* state,
                float* row, int64_t stride) {
     const int64_t per_group = r.heads / r.groups;
     float *decay = row, *k = row + stride, *v = row + 2 * stride, *q = row + 3 * stride;
-    widen_row(place(r.decay, token, group * r.decay_width), r.decay.type, r.decay_width, decay);
-    for (int64_t i = 0; i < r.decay_width; i += W) store(decay + i, exponential(load(decay + i)));
-    for (int64_t i = r.decay_width; i < r.key; i++) decay[i] = decay[0];
+    read_decay(r, token, group, decay);
     widen_row(place(r.k, token, group * r.key), r.k.type, r.key, k);
     widen_row(place(r.v, token, group * r.value + first), r.v.type, width, v);
     for (int64_t h = 0; h < per_group; h++)
@@ -95,13 +112,113 @@ void one_slice(const Recurrence& r, int64_t document, int64_t group, int64_t fir
     memset(state.data, 0, r.key * SLICE * sizeof(float));
     const int64_t slot = r.slots ? r.slots[document] : document;
     float* home = r.pool + (slot * r.groups + group) * r.key * r.value + first;
-    for (int64_t i = 0; i < r.key && slot >= 0; i++)
-        memcpy(state.data + i * SLICE, home + i * r.value, width * sizeof(float));
-    for (int64_t n = r.starts[document]; n < r.starts[document + 1]; n++)
+    if (slot >= 0) copy_rows(home, r.value, r.key, width, state.data, SLICE);
+    for (int64_t n = r.starts[document]; n < r.starts[document + 1]; n++) {
+        if (r.kept && (n - r.starts[document]) % CHUNK == 0)
+            copy_rows(state.data, SLICE, r.key, width, kept_state(r, document, group, n) + first, r.value);
         one_token(r, r.tokens ? r.tokens[n] : n, group, first, width, state.data, row.data, stride);
-    for (int64_t i = 0; i < r.key && slot >= 0; i++)
-        memcpy(home + i * r.value, state.data + i * SLICE, width * sizeof(float));
+    }
+    if (slot >= 0) copy_rows(state.data, SLICE, r.key, width, home, r.value);
 }
+
+// Gradients of the loss, in fp32: `out` and `state` of the results, the others of what went in.
+struct Gradients {
+    const float *out, *state;          // [tokens, heads, value]; [documents, groups, key, value]
+    float *q, *k, *v, *decay, *first;  // as the inputs, tokens without gaps; first [documents, groups, key, value]
+};
+
+// One document and one group: its chunks from the last to the first, the states of a chunk computed once more.
+struct Backward {
+    const Recurrence& r;
+    const Gradients& g;
+    const int64_t document, group, per_group, keys, values;  // keys, values: padded widths
+    Buffer<float> states, rows, change, sums;
+
+    Backward(const Recurrence& recurrence, const Gradients& gradients, int64_t document, int64_t group)
+        : r(recurrence), g(gradients), document(document), group(group), per_group(r.heads / r.groups),
+          keys((r.key + W - 1) / W * W), values((r.value + W - 1) / W * W), states((CHUNK + 1) * r.key * values),
+          rows(CHUNK * row()), change(r.key * values), sums(values) {
+        memset(states.data, 0, (CHUNK + 1) * r.key * values * sizeof(float));
+        memset(change.data, 0, r.key * values * sizeof(float));
+        copy_rows(g.state + home(), r.value, r.key, r.value, change.data, values);
+    }
+
+    int64_t home() const { return (document * r.groups + group) * r.key * r.value; }
+    int64_t token(int64_t n) const { return r.tokens ? r.tokens[n] : n; }
+    int64_t head(int64_t n, int64_t h) const { return token(n) * r.heads + group * per_group + h; }
+
+    // A token's decay, k, v, q and the gradients of its outputs, times the scale; one after the other.
+    int64_t row() const { return 2 * keys + values + per_group * (keys + values); }
+    float* decay(int64_t t) const { return rows.data + t * row(); }
+    float* k(int64_t t) const { return decay(t) + keys; }
+    float* v(int64_t t) const { return k(t) + keys; }
+    float* q(int64_t t, int64_t h) const { return v(t) + values + h * keys; }
+    float* out(int64_t t, int64_t h) const { return q(t, per_group) + h * values; }
+    float* state(int64_t t, int64_t i) const { return states.data + (t * r.key + i) * values; }
+
+    void read(int64_t t, int64_t n) {
+        read_decay(r, token(n), group, decay(t));
+        widen_row(place(r.k, token(n), group * r.key), r.k.type, r.key, k(t));
+        widen_row(place(r.v, token(n), group * r.value), r.v.type, r.value, v(t));
+        for (int64_t h = 0; h < per_group; h++) {
+            widen_row(place(r.q, token(n), (group * per_group + h) * r.key), r.q.type, r.key, q(t, h));
+            widen_row(g.out + head(n, h) * r.value, r.value, out(t, h));
+            for (int64_t c = 0; c < values; c++) out(t, h)[c] *= r.scale;
+        }
+    }
+
+    // The state after a token from the one before it, and the gradient of q.
+    void forward(int64_t t, int64_t n) {
+        for (int64_t i = 0; i < r.key; i++) {
+            const vf a = splat(decay(t)[i]), x = splat(k(t)[i]);
+            float *before = state(t, i), *after = state(t + 1, i);
+            for (int64_t c = 0; c < values; c += W) store(after + c, fma(x, load(v(t) + c), a * load(before + c)));
+            for (int64_t h = 0; h < per_group; h++) {
+                vf total = {};
+                for (int64_t c = 0; c < values; c += W) total = fma(load(after + c), load(out(t, h) + c), total);
+                g.q[head(n, h) * r.key + i] = sum(total);
+            }
+        }
+    }
+
+    // `change`, the gradient of the state after a token, becomes that of the state before it.
+    void backward(int64_t t, int64_t n) {
+        const int64_t place = token(n) * r.groups + group;
+        float* decays = g.decay + place * r.decay_width;
+        memset(sums.data, 0, values * sizeof(float));
+        memset(decays, 0, r.decay_width * sizeof(float));
+        for (int64_t i = 0; i < r.key; i++) {
+            const vf a = splat(decay(t)[i]), x = splat(k(t)[i]);
+            float *here = change.data + i * values, *before = state(t, i);
+            vf to_k = {}, to_decay = {};
+            for (int64_t c = 0; c < values; c += W) {
+                vf d = load(here + c);
+                for (int64_t h = 0; h < per_group; h++) d = fma(splat(q(t, h)[i]), load(out(t, h) + c), d);
+                to_k = fma(d, load(v(t) + c), to_k);
+                to_decay = fma(d, load(before + c), to_decay);
+                store(sums.data + c, fma(x, d, load(sums.data + c)));
+                store(here + c, a * d);
+            }
+            g.k[place * r.key + i] = sum(to_k);
+            decays[r.decay_width == 1 ? 0 : i] += decay(t)[i] * sum(to_decay);
+        }
+        memcpy(g.v + place * r.value, sums.data, r.value * sizeof(float));
+    }
+
+    void run() {
+        const int64_t begin = r.starts[document], end = r.starts[document + 1];
+        for (int64_t first = begin + (end - begin - 1) / CHUNK * CHUNK; first >= begin && begin < end; first -= CHUNK) {
+            const int64_t count = end - first < CHUNK ? end - first : CHUNK;
+            copy_rows(kept_state(r, document, group, first), r.value, r.key, r.value, state(0, 0), values);
+            for (int64_t t = 0; t < count; t++) {
+                read(t, first + t);
+                forward(t, first + t);
+            }
+            for (int64_t t = count - 1; t >= 0; t--) backward(t, first + t);
+        }
+        copy_rows(change.data, values, r.key, r.value, g.first + home(), r.value);
+    }
+};
 
 }  // namespace
 
@@ -115,4 +232,11 @@ EXPORT(gated_linear)(const Recurrence* r, int64_t documents, int64_t threads) {
         const int64_t width = r->value - first < SLICE ? r->value - first : SLICE;
         one_slice(*r, task / slices / r->groups, task / slices % r->groups, first, width);
     }
+}
+
+// Gradients of a call whose `kept` states are at hand; writes those of every token of a document, and of the states.
+EXPORT(gated_linear_backward)(const Recurrence* r, const Gradients* g, int64_t documents, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t task = 0; task < documents * r->groups; task++)
+        Backward(*r, *g, task / r->groups, task % r->groups).run();
 }

@@ -23,7 +23,7 @@ class Backend:
     """A module of this package with one function per op, the device types it runs on and the packages it needs.
 
     `in_place`: it takes `Slots` for a state and updates them where they lie. `library`: the module of this package that
-    says whether a compiled library is there.
+    says whether a compiled library is there. `forward_only`: the ops that have no gradients here.
     """
 
     name: str
@@ -32,17 +32,17 @@ class Backend:
     requires: tuple[str, ...] = ()
     extra: str = ""
     dtypes: tuple[torch.dtype, ...] = FLOATS
-    has_gradients: bool = True
+    forward_only: tuple[str, ...] = ()
     in_place: bool = False
     library: str = ""
 
-    def missing(self, device: str, dtype: torch.dtype | None = None, needs_gradients: bool = False) -> str | None:
-        """Why it cannot run on `device` with inputs of `dtype`, or None if it can."""
+    def missing(self, device: str, dtype: torch.dtype | None = None, gradients_of: str | None = None) -> str | None:
+        """Why it cannot run on `device` with inputs of `dtype`, with gradients of that op; None if it can."""
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {device}"
         if dtype is not None and dtype not in self.dtypes:
             return f"computes in {' and '.join(str(known) for known in self.dtypes)}, not in {dtype}"
-        if needs_gradients and not self.has_gradients:
+        if gradients_of in self.forward_only:
             return "has no gradients: use torch.no_grad(), or another backend to train"
         if self.library and (reason := import_module(f"spikingbrain_kernels.{self.library}").missing()):
             return reason
@@ -67,13 +67,20 @@ FLA_OPS = ("gated_linear", "gated_delta")
 ANY_DEVICE = ("cpu", "cuda", "meta")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE_FORWARD_ONLY = tuple(op for op in NATIVE_OPS if op != "gated_linear")
 
 # In order of preference.
 BACKENDS = (
     Backend(
-        "native", ("cpu",), NATIVE_OPS, dtypes=NATIVE_DTYPES, has_gradients=False, in_place=True, library="library"
+        "native",
+        ("cpu",),
+        NATIVE_OPS,
+        dtypes=NATIVE_DTYPES,
+        forward_only=NATIVE_FORWARD_ONLY,
+        in_place=True,
+        library="library",
     ),
-    Backend("triton", ("cuda",), OPS, ("triton",), "cuda", TRITON_DTYPES, has_gradients=False, in_place=True),
+    Backend("triton", ("cuda",), OPS, ("triton",), "cuda", TRITON_DTYPES, forward_only=OPS, in_place=True),
     Backend("fla", ("cuda",), FLA_OPS, ("triton", "fla"), "cuda", TRITON_DTYPES),
     Backend("chunked", ANY_DEVICE, RECURRENT_OPS),
     Backend("reference", ANY_DEVICE, OPS),
@@ -103,7 +110,7 @@ def choose(op: str, name: str | None, device: str, dtype: torch.dtype | None, ne
         candidates = tuple(backend for backend in candidates if backend.name == name)
         if not candidates:
             raise BackendError(f"{op} has no backend {name!r}; choose from {names}")
-    reasons = {backend.name: backend.missing(device, dtype, needs_gradients) for backend in candidates}
+    reasons = {backend.name: backend.missing(device, dtype, op if needs_gradients else None) for backend in candidates}
     for backend in candidates:
         if reasons[backend.name] is None:
             return backend
@@ -129,7 +136,8 @@ def _name(*wanted: Any) -> str:
 
 @torch.compiler.assume_constant_result
 def _in_place(*wanted: Any) -> bool:
-    return _load(*wanted).in_place
+    needs_gradients = wanted[-1]
+    return _load(*wanted).in_place and not needs_gradients
 
 
 def _wanted(op: str, name: str | None, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:

@@ -13,7 +13,8 @@ from .layout import Blocks, Documents, blocks, documents, gather, scatter
 
 CHUNK = 64
 SUB_CHUNK = 16
-MAX_QUERY_BLOCK = 512
+# Few queries a block waste few products on keys outside their band; fewer still copy too many keys.
+MAX_QUERY_BLOCK = 128
 
 
 def gated_linear(

@@ -25,6 +25,7 @@ Kernel = Callable[..., None]
 SIGNATURES = {
     "linear": [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *[c_int64] * 3, c_double, c_int64],
     "gated_linear": [c_void_p, c_int64, c_int64],
+    "gated_linear_backward": [c_void_p, c_void_p, c_int64, c_int64],
     "window_attention": [c_void_p, c_int64, c_int64],
     "rms_norm": [c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int64],
     "encode_adaptive": [c_void_p, c_int64, *[c_float] * 3, c_int64, c_int64, c_void_p, c_void_p, c_int64],
@@ -55,6 +56,7 @@ class Library:
 
     linear: Kernel
     gated_linear: Kernel
+    gated_linear_backward: Kernel
     window_attention: Kernel
     rms_norm: Kernel
     encode_adaptive: Kernel

@@ -19,6 +19,8 @@ from .library import TYPES, address, library
 from .packed import KINDS, PANEL, CPacked, Packed
 from .slots import Slots, to_update
 
+# Tokens from one state kept for the backward pass to the next; as in the C sources.
+CHUNK = 16
 # A row goes alone while the weights its spikes touch, summed over the rows, are fewer than this many whole matrices.
 BREAK_EVEN_ROWS = 1.5
 
@@ -35,7 +37,12 @@ class _Recurrence(ctypes.Structure):
         *((name, c_void_p) for name in ("tokens", "starts", "slots", "pool", "out")),
         ("scale", c_float),
         *((name, c_int64) for name in ("heads", "groups", "key", "value", "decay_width")),
+        ("kept", c_void_p),
     ]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in ("out", "state", "q", "k", "v", "decay", "first")]
 
 
 class _Attention(ctypes.Structure):
@@ -64,6 +71,8 @@ def gated_linear(
     """The recurrence of `reference.gated_linear`, the same bits however the tokens are cut into chunks."""
     tokens, starts = _layout(q, cu_seqlens, mask)
     q, k, v, log_decay = (by_token(x) for x in (q, k, v, log_decay))
+    if isinstance(state, Tensor) and _needs_gradients(q, k, v, log_decay, state):
+        return _OPS["gated_linear_kept"](q, k, v, log_decay, state, tokens, starts, scale)[:2]
     state, pool, slots = to_update(state)
     return _call("gated_linear_", _gated_linear, q, k, v, log_decay, pool, slots, tokens, starts, scale), state
 
@@ -141,6 +150,10 @@ def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> 
     return _call("rotary", _rotary, by_token(x), positions.contiguous(), frequencies, factor)
 
 
+def _needs_gradients(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
 def _call(name: str, eager: Callable[..., Any], *args: Any) -> Any:
     return _OPS[name](*args) if torch.compiler.is_compiling() else eager(*args)
 
@@ -188,16 +201,101 @@ def _gated_linear(
     starts: Tensor,
     scale: float,
 ) -> Tensor:
-    new = q.new_empty if tokens is None else q.new_zeros
-    out = new(*q.shape[:3], v.shape[3])
-    call = _Recurrence(
+    out = _for_tokens(q, v.shape[3], tokens, q.dtype)
+    call = _recurrence(q, k, v, log_decay, tokens, starts, scale, slots=slots, pool=pool, out=out)
+    library().gated_linear(ctypes.addressof(call), len(starts) - 1, torch.get_num_threads())
+    return out
+
+
+def _for_tokens(x: Tensor, width: int, tokens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`[B, T, H, width]` to be written for the tokens of documents; zeros where there may be others."""
+    new = x.new_empty if tokens is None else x.new_zeros
+    return new(*x.shape[:3], width, dtype=dtype)
+
+
+def _recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    tokens: Tensor | None,
+    starts: Tensor,
+    scale: float,
+    *,
+    slots: Tensor | None = None,
+    pool: Tensor | None = None,
+    out: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> _Recurrence:
+    return _Recurrence(
         *(_tokens(x) for x in (q, k, v, log_decay)),
         *(address(x) for x in (tokens, starts, slots, pool, out)),
         scale,
         *(q.shape[2], k.shape[2], k.shape[3], v.shape[3], log_decay.shape[3]),
+        address(kept),
     )
+
+
+def _gated_linear_kept(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    tokens: Tensor | None,
+    starts: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, the new states, and the states before every chunk, from which the backward pass starts."""
+    out, state, kept = _results_kept(q, v, state, tokens, starts)
+    call = _recurrence(q, k, v, log_decay, tokens, starts, scale, pool=state, out=out, kept=kept)
     library().gated_linear(ctypes.addressof(call), len(starts) - 1, torch.get_num_threads())
-    return out
+    return out, state, kept
+
+
+def _results_kept(
+    q: Tensor, v: Tensor, state: Tensor, tokens: Tensor | None, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = q.shape[0] * q.shape[1] // CHUNK + len(starts) - 1
+    kept = state.new_empty(chunks, *state.shape[1:])
+    return _for_tokens(q, v.shape[3], tokens, q.dtype), state.clone(memory_format=torch.contiguous_format), kept
+
+
+def _gated_linear_backward(
+    out: Tensor,
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    kept: Tensor,
+    tokens: Tensor | None,
+    starts: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients, in fp32, of q, k, v, the decay and the first states from those of the outputs and the last states."""
+    inputs = (q, k, v, log_decay)
+    found = tuple(_for_tokens(x, x.shape[3], tokens, torch.float32) for x in inputs)
+    out, state = out.float().contiguous(), state.contiguous()
+    first = torch.empty_like(state)
+    gradients = _Gradients(*(address(x) for x in (out, state, *found, first)))
+    call = _recurrence(*inputs, tokens, starts, scale, kept=kept)
+    threads = torch.get_num_threads()
+    library().gated_linear_backward(ctypes.addressof(call), ctypes.addressof(gradients), len(starts) - 1, threads)
+    query, key, value, decay = found
+    return query, key, value, decay, first
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, log_decay, _, tokens, starts, scale = inputs
+    ctx.save_for_backward(q, k, v, log_decay, output[2], tokens, starts)
+    ctx.scale = scale
+
+
+def _backward_of_kept(ctx: Any, out: Tensor, state: Tensor, _kept: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors[:4]
+    *found, first = _OPS["gated_linear_backward"](out, state, *ctx.saved_tensors, ctx.scale)
+    return *(x.to(like.dtype) for x, like in zip(found, inputs, strict=True)), first, None, None, None
 
 
 def _window_attention(
@@ -294,6 +392,8 @@ def _rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) ->
 
 _OPS = {
     "gated_linear_": custom_op("spikingbrain::gated_linear_", _gated_linear, mutates_args=("pool",)),
+    "gated_linear_kept": custom_op("spikingbrain::gated_linear_kept", _gated_linear_kept, mutates_args=()),
+    "gated_linear_backward": custom_op("spikingbrain::gated_linear_backward", _gated_linear_backward, mutates_args=()),
     "window_attention_": custom_op("spikingbrain::window_attention_", _window_attention, mutates_args=("pool",)),
     "linear": custom_op("spikingbrain::linear", _linear, mutates_args=()),
     "rms_norm": custom_op("spikingbrain::rms_norm", _rms_norm, mutates_args=()),
@@ -302,6 +402,18 @@ _OPS = {
     "rotary": custom_op("spikingbrain::rotary", _rotary, mutates_args=()),
     "swiglu": custom_op("spikingbrain::swiglu", _swiglu, mutates_args=()),
 }
+
+_OPS["gated_linear_kept"].register_autograd(_backward_of_kept, setup_context=_keep_for_backward)
+
+
+@_OPS["gated_linear_kept"].register_fake
+def _(q, k, v, log_decay, state, tokens, starts, scale):  # noqa: ARG001
+    return _results_kept(q, v, state, tokens, starts)
+
+
+@_OPS["gated_linear_backward"].register_fake
+def _(out, state, q, k, v, log_decay, kept, tokens, starts, scale):  # noqa: ARG001
+    return *(x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v, log_decay)), torch.empty_like(state)
 
 
 @_OPS["gated_linear_"].register_fake

@@ -92,11 +92,11 @@ def assert_same(results, references, tolerance):
 
 
 def able(dtype, needs_gradients=False):
+    pairs = [(op, backend) for op in RECURRENT_OPS for backend in backends(op)]
     return [
         (op, backend.name)
-        for op in RECURRENT_OPS
-        for backend in backends(op)
-        if not backend.missing(device_of(backend.name), dtype, needs_gradients)
+        for op, backend in pairs
+        if not backend.missing(device_of(backend.name), dtype, op if needs_gradients else None)
     ]
 
 

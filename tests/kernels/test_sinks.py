@@ -8,7 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from spikingbrain_kernels import Slots, backends, window_attention, window_attention_step_
 
 WINDOW, CAPACITY, SINKS, HEADS, GROUPS, WIDTH = 9, 11, 6, 4, 2, 8
-BACKENDS = [backend.name for backend in backends("window_attention") if not backend.missing("cpu", torch.float64, True)]
+OP = "window_attention"
+BACKENDS = [backend.name for backend in backends(OP) if not backend.missing("cpu", torch.float64, gradients_of=OP)]
 OPTIMISED = [name for name in BACKENDS if name != "reference"]
 
 

@@ -58,6 +58,24 @@ static void check_linear(int64_t kind, int64_t rows, int64_t in, int64_t out, bo
     }
 }
 
+// The states kept on the way forward serve the way back; every gradient is written.
+static void check_recurrent_backward(recurrent_file::Recurrence r, int64_t tokens) {
+    const int64_t state = r.groups * r.key * r.value;
+    Floats pool = random_floats(2 * state), kept((tokens / 16 + 2) * state, NAN), first(2 * state, NAN);
+    Floats out = random_floats(tokens * r.heads * r.value), last = random_floats(2 * state);
+    Floats q(tokens * r.heads * r.key, NAN), k(tokens * r.groups * r.key, NAN), v(tokens * r.groups * r.value, NAN);
+    Floats decay(tokens * r.groups * r.decay_width, NAN);
+    r.slots = nullptr;
+    r.pool = pool.data();
+    r.kept = kept.data();
+    recurrent_file::SYMBOL(LEVEL, gated_linear)(&r, 2, 3);
+    const recurrent_file::Gradients gradients{out.data(), last.data(), q.data(),    k.data(),
+                                              v.data(),   decay.data(), first.data()};
+    recurrent_file::SYMBOL(LEVEL, gated_linear_backward)(&r, &gradients, 2, 3);
+    for (const Floats* found : {&q, &k, &v, &decay, &first})
+        for (float x : *found) expect(x == x, "gated_linear_backward");
+}
+
 static void check_recurrent(int64_t tokens, int64_t heads, int64_t groups, int64_t key, int64_t value) {
     Floats q = random_floats(tokens * heads * key), k = random_floats(tokens * groups * key);
     Floats v = random_floats(tokens * groups * value), decay = random_floats(tokens * groups);
@@ -70,9 +88,11 @@ static void check_recurrent(int64_t tokens, int64_t heads, int64_t groups, int64
                                  out.data(),                      1.0f,
                                  heads,                           groups,
                                  key,                             value,
-                                 1};
+                                 1,
+                                 nullptr};
     recurrent_file::SYMBOL(LEVEL, gated_linear)(&r, 2, 3);
     for (float x : out) expect(x == x, "gated_linear");
+    check_recurrent_backward(r, tokens);
 }
 
 static void check_attention(int64_t tokens, int64_t heads, int64_t groups, int64_t width, int64_t window) {
@@ -122,7 +142,7 @@ int main() {
         for (int64_t rows : {0, 1, 2, 7, 260})
             for (int64_t in : {1, 127, 300})
                 for (bool counts : {false, true}) check_linear(kind, rows, in, in == 300 ? 600 : 33, counts);
-    for (int64_t tokens : {0, 1, 9}) {
+    for (int64_t tokens : {0, 1, 9, 70}) {
         check_recurrent(tokens, 14, 2, 64, 64);
         check_recurrent(tokens, 9, 1, 3, 5);
         check_recurrent(tokens, 2, 1, 70, 90);

@@ -112,10 +112,11 @@ def _make_block_stateful(block: MixerBlock, place: Place, config: Any, cache: Ca
         elif _is_opaque(mixer):
             block.add_module(name, _opaque_mixer(mixer, name, place, config))
     for source, encoder in block.encoders.items():
-        if encoder.neuron.state_specs(torch.float32):
+        neuron: Any = encoder.neuron
+        if neuron.state_specs(torch.float32):
             block.encoders[source] = _opaque_encoder(encoder, f"neurons.{source}", place)
     if block.lif is not None:
-        block.lif = _opaque_lif(block.lif, place)
+        block.add_module("lif", _opaque_lif(block.lif, place))
 
 
 def _is_opaque(mixer: nn.Module) -> bool:

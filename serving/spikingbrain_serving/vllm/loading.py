@@ -18,7 +18,7 @@ class Target(NamedTuple):
     """The shape of a whole tensor on disk (None: any), and what puts this rank's part of it in its place."""
 
     shape: torch.Size | None
-    load: Callable[[Tensor], None]
+    load: Callable[[Tensor], Any]
     required: bool = True
 
 
@@ -75,14 +75,14 @@ def projection_targets(
 ) -> Iterator[tuple[str, Target]]:
     """What is on disk of a projection; `linear`: our own, for its shapes. `group_size`: of int8 weights."""
     shape = torch.Size([linear.out_features, linear.in_features])
-    yield f"{name}.weight", by_vllm(piece.linear.weight, shape, piece.index)
+    yield f"{name}.weight", by_vllm(piece.linear.weight, shape, piece.shard)
     if linear.bias is not None:
-        yield f"{name}.bias", by_vllm(piece.linear.bias, shape[:1], piece.index)
+        yield f"{name}.bias", by_vllm(piece.linear.bias, shape[:1], piece.shard)
     if group_size is None:
         return
     groups = torch.Size([shape[0], shape[1] // group_size])
     if hasattr(piece.linear, "weight_scale"):
-        yield f"{name}.weight_scale", by_vllm(piece.linear.weight_scale, groups, piece.index)
+        yield f"{name}.weight_scale", by_vllm(piece.linear.weight_scale, groups, piece.shard)
         outliers = Outliers(piece, shape[1])
         yield f"{name}.weight_outlier_index", Target(None, outliers.take_index, required=False)
         yield f"{name}.weight_outlier_code", Target(None, outliers.take_code, required=False)

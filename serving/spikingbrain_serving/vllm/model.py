@@ -62,7 +62,7 @@ class SpikingBrainDecoder(nn.Module):
         super().__init__()
         config: Any = vllm_config.model_config.hf_config
         _check(config, vllm_config.quant_config, get_tensor_model_parallel_world_size())
-        body = _without_memory(config)
+        body: Any = _without_memory(config)
         (self.page_bytes,) = _page_shape(body, vllm_config)
         self.stage = Stage(config.num_hidden_layers)
         self.layers = nn.ModuleList(body.layers[self.stage.first : self.stage.end])

@@ -187,7 +187,7 @@ class Part(nn.Module):
         self, x: Tensor, output: Tensor, positions: Tensor, batch: LinearAttentionMetadata, states: LayerStates
     ) -> None:
         """Tokens being decoded come first, a row each; prefills follow as documents of one row; then padding."""
-        pools = part(states.pools(), self.owner)
+        pools: Any = part(dict(states.pools()), self.owner)
         blocks = batch.state_indices_tensor.long()
         decodes, first, end = batch.num_decodes, batch.num_decode_tokens, batch.num_decode_tokens
         end += batch.num_prefill_tokens
