@@ -191,7 +191,7 @@ class SpikingBrainPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _is_stateful = True
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """As transformers does; norms before neurons of a fixed threshold start where `spiking.gain` says."""
         super()._init_weights(module)
         start = getattr(module, "start", None)

@@ -1,6 +1,7 @@
 """The norms before a block and before the head: `norm` in the config."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +20,7 @@ def make_norm(config: SpikingBrainConfig, start: float | None = None) -> nn.Modu
     """A norm over the hidden width; raises `InputError` naming the choices. `start`: of its weight, instead of 1."""
     if config.norm not in NORMS:
         raise InputError(f"unknown norm {config.norm!r}; choose from {', '.join(NORMS)}")
-    norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
+    norm: Any = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
     norm.start = start
     return norm
 
