@@ -138,7 +138,7 @@ def _can_be_int8(linear: Any) -> bool:
     return isinstance(linear, SpikingLinear) and linear.in_features % GROUP_SIZE == 0
 
 
-def _quantized(linear: SpikingLinear) -> QuantizedLinear:
+def _quantized(linear: Any) -> QuantizedLinear:
     weight = linear.reading(linear.weight.float())
     groups = weight.unflatten(1, (-1, GROUP_SIZE))
     scale = groups.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / INT8.max
