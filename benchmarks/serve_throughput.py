@@ -1,7 +1,8 @@
 """Tokens a second and time to the first token of a server, ours or another with OpenAI's API; one client for all.
 
     python benchmarks/serve_throughput.py --streams 1 16 --out benchmarks/results
-    python benchmarks/serve_throughput.py --peer "vllm serve {model} --port {port} --dtype bfloat16" --name vllm-cpu
+    python benchmarks/serve_throughput.py --name vllm-cpu \\
+        --peer "python -m vllm.entrypoints.openai.api_server --model {model} --port {port} --dtype bfloat16"
 
 Random weights in bf16 of the config's shape; a peer gets the softmax model of Qwen2 with the same sizes. Each stream
 sends one prompt of random tokens and reads to the end. For our server the share of the time in which the model did not
@@ -10,6 +11,7 @@ compute is given as well: scheduling, sampling, HTTP and this client.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -147,7 +149,8 @@ def run(args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
         asyncio.run(measure(url, model, 1, argparse.Namespace(prompt_tokens=16, tokens=4)))
         return [asyncio.run(measure(url, model, streams, args)) for streams in args.streams]
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 

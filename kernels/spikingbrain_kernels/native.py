@@ -293,9 +293,10 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward_of_kept(ctx: Any, out: Tensor, state: Tensor, _kept: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors[:4]
-    *found, first = _OPS["gated_linear_backward"](out, state, *ctx.saved_tensors, ctx.scale)
-    return *(x.to(like.dtype) for x, like in zip(found, inputs, strict=True)), first, None, None, None
+    # Once only: activation checkpointing lets what was saved be taken out a single time.
+    saved = ctx.saved_tensors
+    *found, first = _OPS["gated_linear_backward"](out, state, *saved, ctx.scale)
+    return *(x.to(like.dtype) for x, like in zip(found, saved, strict=False)), first, None, None, None
 
 
 def _window_attention(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spikingbrain_kernels.quantized import dequantize
 
 from ..checkpoint import Shards, ShardWriter
-from ..config import GATE_DEFAULTS
+from ..config import GATE_DEFAULTS, SPIKING_DEFAULTS
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..model import SpikingBrainForCausalLM
@@ -42,7 +42,7 @@ class W8ASpikeConfig(GLAswaConfig):
         """A dense gate, spikes of k = 3 before every projection that is not excluded and in window layers."""
         if "quantization_config" not in keys:
             raise InputError("w8aspike cannot express a model without quantization_config")
-        spiking = {"neuron": "adaptive", "code": "bitwise", "params": {"k": K}}
+        spiking = {**SPIKING_DEFAULTS, "neuron": "adaptive", "code": "bitwise", "params": {"k": K}}
         spiking["exclude"] = keys["quantization_config"]["exclude"]
         mixers = ["gla", "spiking_window"]
         return {"qkv_bias": True, "gate": {**GATE_DEFAULTS, "rank": None}, "mixers": mixers, "spiking": spiking}

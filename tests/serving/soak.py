@@ -25,7 +25,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import openai
 from safetensors.torch import load_file
@@ -48,11 +48,18 @@ def served(model: Path, *arguments: object, **limits: Any) -> Iterator[tuple[sub
     process = start(model, "--port", 0, "--served-model-name", "tiny", *arguments, **limits)
     try:
         url = wait_until_ready(process)
-        threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
+        threading.Thread(target=pass_on, args=(process.stderr,), daemon=True).start()
         yield process, url
     finally:
         process.kill()
         process.wait()
+
+
+def pass_on(log: IO[str]) -> None:
+    """Read a log to its end and show what is more than information."""
+    for line in log:
+        if '"level": "INFO"' not in line:
+            sys.stderr.write(line)
 
 
 def rss(process: subprocess.Popen) -> int:

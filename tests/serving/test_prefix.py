@@ -103,8 +103,14 @@ class _Model:
 
         return [[StateSpec("s", (8,), torch.float32, "recurrent")]]
 
-    def state_dict(self) -> dict:
-        return {"w": torch.ones(3)}
+    def named_parameters(self) -> list:
+        return [("w", torch.ones(3))]
+
+    def named_buffers(self) -> list:
+        return []
+
+    def named_modules(self) -> list:
+        return []
 
 
 @pytest.fixture
