@@ -50,13 +50,17 @@ def load(
 
 def whole(parameter: Tensor) -> Target:
     """A tensor that every rank has."""
-    return Target(parameter.shape, parameter.data.copy_)
+    return Target(parameter.shape, lambda tensor: _copy(parameter, tensor))
 
 
 def sharded(parameter: Tensor, shape: torch.Size, dim: int, rank: int) -> Target:
     """A tensor of `shape` cut along `dim`."""
     size = parameter.shape[dim]
-    return Target(shape, lambda tensor: parameter.data.copy_(tensor.narrow(dim, rank * size, size)))
+    return Target(shape, lambda tensor: _copy(parameter, tensor.narrow(dim, rank * size, size)))
+
+
+def _copy(parameter: Tensor, tensor: Tensor) -> None:
+    parameter.data.copy_(tensor)
 
 
 def unused(shape: torch.Size) -> Target:
@@ -75,14 +79,14 @@ def projection_targets(
 ) -> Iterator[tuple[str, Target]]:
     """What is on disk of a projection; `linear`: our own, for its shapes. `group_size`: of int8 weights."""
     shape = torch.Size([linear.out_features, linear.in_features])
-    yield f"{name}.weight", by_vllm(piece.linear.weight, shape, piece.index)
+    yield f"{name}.weight", by_vllm(piece.linear.weight, shape, piece.shard)
     if linear.bias is not None:
-        yield f"{name}.bias", by_vllm(piece.linear.bias, shape[:1], piece.index)
+        yield f"{name}.bias", by_vllm(piece.linear.bias, shape[:1], piece.shard)
     if group_size is None:
         return
     groups = torch.Size([shape[0], shape[1] // group_size])
     if hasattr(piece.linear, "weight_scale"):
-        yield f"{name}.weight_scale", by_vllm(piece.linear.weight_scale, groups, piece.index)
+        yield f"{name}.weight_scale", by_vllm(piece.linear.weight_scale, groups, piece.shard)
         outliers = Outliers(piece, shape[1])
         yield f"{name}.weight_outlier_index", Target(None, outliers.take_index, required=False)
         yield f"{name}.weight_outlier_code", Target(None, outliers.take_code, required=False)

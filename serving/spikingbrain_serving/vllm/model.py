@@ -67,7 +67,7 @@ class SpikingBrainDecoder(nn.Module):
         self.stage = Stage(config.num_hidden_layers)
         self.layers = nn.ModuleList(body.layers[self.stage.first : self.stage.end])
         self.targets: dict[str, Target] = {}
-        body.embed_tokens = nn.Identity()
+        body.add_module("embed_tokens", nn.Identity())
         body.layers = nn.ModuleList()
         if self.stage.is_first:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed")

@@ -27,11 +27,11 @@ from .quantization import SpikeInt8Config
 class Piece(NamedTuple):
     """Where this rank's part of one projection lies: the rows and columns of its weight `[out, in]` as (first, count).
 
-    `linear` holds it from row `offset` on, as its shard `index` (None: it is the only one).
+    `linear` holds it from row `offset` on, as number `shard` (None: it is the only one).
     """
 
     linear: Any
-    index: int | None
+    shard: int | None
     offset: int
     rows: tuple[int, int]
     columns: tuple[int, int]

@@ -57,7 +57,7 @@ class SpikeInt8Method(LinearMethodBase):
 
     def create_weights(  # type: ignore[override]
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         weight_loader: Any,
@@ -80,14 +80,14 @@ class SpikeInt8Method(LinearMethodBase):
             layer.register_parameter(name, parameter)
         layer.outliers = []
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """One list of outliers for the merged weight."""
         index = code = None
         if layer.outliers:
             index, code = (torch.cat(parts).to(layer.weight.device) for parts in zip(*layer.outliers, strict=True))
         layer.int8 = Int8Weight(layer.weight.data, layer.weight_scale.data, index, code)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Counts `x [..., in]` -> `[..., out]` in fp32."""
         counts = x.to(state_dtype(x.dtype))
         return spike_linear(counts, torch.ones_like(counts[..., :1]), layer.int8, bias)
