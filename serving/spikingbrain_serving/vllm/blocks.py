@@ -111,15 +111,15 @@ def _make_block_stateful(block: MixerBlock, place: Place, config: Any, cache: Ca
             block.add_module(name, PagedAttention(mixer, cache, f"{place.name}.{name}"))
         elif _is_opaque(mixer):
             block.add_module(name, _opaque_mixer(mixer, name, place, config))
-    for source, encoder in block.encoders.items():
-        neuron: Any = encoder.neuron
-        if neuron.state_specs(torch.float32):
+    encoders: dict[str, Any] = dict(block.encoders.items())
+    for source, encoder in encoders.items():
+        if encoder.neuron.state_specs(torch.float32):
             block.encoders[source] = _opaque_encoder(encoder, f"neurons.{source}", place)
     if block.lif is not None:
         block.add_module("lif", _opaque_lif(block.lif, place))
 
 
-def _is_opaque(mixer: nn.Module) -> bool:
+def _is_opaque(mixer: Any) -> bool:
     """With a state, or with experts: which tokens they get depends on values, which no graph can hold."""
     return bool(mixer.state_specs(torch.float32)) or any(isinstance(child, MixerBlock) for child in mixer.modules())
 

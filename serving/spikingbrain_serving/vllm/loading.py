@@ -18,7 +18,7 @@ class Target(NamedTuple):
     """The shape of a whole tensor on disk (None: any), and what puts this rank's part of it in its place."""
 
     shape: torch.Size | None
-    load: Callable[[Tensor], Any]
+    load: Callable[[Tensor], None]
     required: bool = True
 
 
@@ -50,13 +50,17 @@ def load(
 
 def whole(parameter: Tensor) -> Target:
     """A tensor that every rank has."""
-    return Target(parameter.shape, parameter.data.copy_)
+    return Target(parameter.shape, lambda tensor: _copy(parameter, tensor))
 
 
 def sharded(parameter: Tensor, shape: torch.Size, dim: int, rank: int) -> Target:
     """A tensor of `shape` cut along `dim`."""
     size = parameter.shape[dim]
-    return Target(shape, lambda tensor: parameter.data.copy_(tensor.narrow(dim, rank * size, size)))
+    return Target(shape, lambda tensor: _copy(parameter, tensor.narrow(dim, rank * size, size)))
+
+
+def _copy(parameter: Tensor, tensor: Tensor) -> None:
+    parameter.data.copy_(tensor)
 
 
 def unused(shape: torch.Size) -> Target:

@@ -62,12 +62,12 @@ class SpikingBrainDecoder(nn.Module):
         super().__init__()
         config: Any = vllm_config.model_config.hf_config
         _check(config, vllm_config.quant_config, get_tensor_model_parallel_world_size())
-        body: Any = _without_memory(config)
+        body = _without_memory(config)
         (self.page_bytes,) = _page_shape(body, vllm_config)
         self.stage = Stage(config.num_hidden_layers)
         self.layers = nn.ModuleList(body.layers[self.stage.first : self.stage.end])
         self.targets: dict[str, Target] = {}
-        body.embed_tokens = nn.Identity()
+        body.add_module("embed_tokens", nn.Identity())
         body.layers = nn.ModuleList()
         if self.stage.is_first:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed")

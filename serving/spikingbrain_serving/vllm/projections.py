@@ -27,7 +27,7 @@ from .quantization import SpikeInt8Config
 class Piece(NamedTuple):
     """Where this rank's part of one projection lies: the rows and columns of its weight `[out, in]` as (first, count).
 
-    `linear` holds it from row `offset` on, as its `shard` (None: it is the only one).
+    `linear` holds it from row `offset` on, as number `shard` (None: it is the only one).
     """
 
     linear: Any

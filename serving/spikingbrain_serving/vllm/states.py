@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.linear_attn import (
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from spikingbrain.model import DecoderLayer, SpikingBrainModel
-from spikingbrain.state import LayerState, StateSpec, part
+from spikingbrain.state import LayerState, StateSpec
 from spikingbrain_kernels import Slots
 
 ALIGNMENT = 64
@@ -129,14 +129,14 @@ class LayerStates(nn.Module, MambaBase):
         """Bytes."""
         return (torch.int8,)
 
-    def pools(self) -> dict[str, Tensor]:
-        """Each state in all blocks `[num_blocks, *shape]`, by name: views of the pages."""
+    def pools(self, owner: str) -> dict[str, Tensor]:
+        """Each of `owner`'s states in all blocks `[num_blocks, *shape]`, by name: views of the pages."""
         pages, start, pools = self.kv_cache[0], 0, {}
         for spec in self.layout:
             size = prod(spec.shape) * spec.dtype.itemsize
             pools[spec.name] = pages[:, start : start + size].view(spec.dtype).unflatten(1, spec.shape)
             start += _room(spec)
-        return pools
+        return {name.removeprefix(f"{owner}."): pool for name, pool in pools.items() if name.startswith(f"{owner}.")}
 
 
 class Part(nn.Module):
@@ -187,7 +187,7 @@ class Part(nn.Module):
         self, x: Tensor, output: Tensor, positions: Tensor, batch: LinearAttentionMetadata, states: LayerStates
     ) -> None:
         """Tokens being decoded come first, a row each; prefills follow as documents of one row; then padding."""
-        pools: Any = part(dict(states.pools()), self.owner)
+        pools = states.pools(self.owner)
         blocks = batch.state_indices_tensor.long()
         decodes, first, end = batch.num_decodes, batch.num_decode_tokens, batch.num_decode_tokens
         end += batch.num_prefill_tokens

@@ -150,7 +150,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Linear and window attention in parallel, softmax attention, experts, spikes."""
     return save(
         tmp_path_factory.mktemp("models") / "hybrid",
-        mixers=["gla+sliding_window", "softmax", "gla"],
+        mixers=["gla+sliding_window", "softmax", "gla+sliding_window"],
         channel_mixers=["swiglu", "moe", "swiglu"],
         moe={"num_experts": 4, "top_k": 2},
         num_hidden_layers=3,
