@@ -277,7 +277,7 @@ def main() -> None:
 
 Part = Callable[[argparse.Namespace, Path, Path], dict[str, Any]]
 # Little room for reuse, so that it is full after the warm-up and memory has no reason to grow.
-LIMITS = ("--max-model-len", 20_000, "--max-num-seqs", 32, "--prefix-cache-bytes", 8 * 2**20)
+LIMITS = ("--max-model-len", 20_000, "--max-num-seqs", 32, "--prefix-cache-bytes", 2**19)
 
 
 def with_client(model: Path, work: Callable[[openai.AsyncOpenAI, subprocess.Popen], Any]) -> dict[str, Any]:
