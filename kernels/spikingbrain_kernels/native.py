@@ -160,7 +160,9 @@ def _call(name: str, eager: Callable[..., Any], *args: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def _even_starts(rows: int, length: int) -> Tensor:
-    return torch.arange(rows + 1) * length
+    # Kept for later calls, which may save it for a backward pass: it must not be made as an inference tensor.
+    with torch.inference_mode(False):
+        return torch.arange(rows + 1) * length
 
 
 def _layout(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor]:

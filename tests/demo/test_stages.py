@@ -100,5 +100,5 @@ def test_an_unmet_promise_is_said():
     server = {"state_bytes": {"100": 8, "1000": 9}, "num_tokens_compared": 4, "exit_code": 1}
     server |= {"tokens_equal_generate": False, "streamed_equals_whole": False}
     rows = checks({"losses": losses, "server": server}, own_base=True)
-    assert [row["figure"] for row in rows] == ["30.0%", "60.0%", "+4.44%", "4 tokens", "", "9 bytes", "exit code 1"]
+    assert [row["figure"] for row in rows] == ["30.0%", "60.0%", "+4.44%", "4 tokens", "no", "9 bytes", "exit code 1"]
     assert not any(row["met"] for row in rows)

@@ -115,3 +115,10 @@ def test_compiled_training_is_one_graph_with_the_same_gradients():
     out, last = compiled(*leaves)
     for mine, reference in zip(torch.autograd.grad(out.sum() + last.sum(), leaves), wanted, strict=True):
         assert relative_rms(mine, reference) < TOLERANCE
+
+
+def test_there_are_gradients_after_the_same_shape_was_served():
+    tensors, state = inputs("gated_linear", 5, 11), state_of("gated_linear", 5)
+    with torch.inference_mode():
+        gated_linear(*tensors, scale=0.3, state=state.clone(), backend="native")
+    assert_equal_to_the_reference(tensors, state)
