@@ -97,9 +97,16 @@ def test_w8aspike_is_compact_on_disk(tmp_path):
     assert sum(t.nbytes for name, t in made.items() if "proj.weight" in name) < 0.4 * dense
 
 
+def tensors_of(path):
+    """The tensors of a released file or of a directory of ours."""
+    pth = path if path.suffix == ".pth" else path / "model.pth"
+    return torch.load(pth, weights_only=True) if pth.exists() else load_file(path / "model.safetensors")
+
+
 def same(one, other):
-    one, other = (load_file(path / "model.safetensors") for path in (one, other))
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    """Whether two releases or directories hold the same tensors to the bit."""
+    mine, theirs = tensors_of(one), tensors_of(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
 @pytest.mark.parametrize("down_proj", ["code", "paper"])
@@ -162,12 +169,6 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path, ch
     assert [path.name for path in tmp_path.iterdir()] == ["release"]
 
 
-def tensors_of(path):
-    """The tensors of a released file or of a directory of ours."""
-    pth = path if path.suffix == ".pth" else path / "model.pth"
-    return torch.load(pth, weights_only=True) if pth.exists() else load_file(path / "model.safetensors")
-
-
 RELEASES = {"gla_swa": SPIKINGBRAIN, "metala": GOLDEN / "metala", "spikegpt": GOLDEN / "spikegpt" / "model.pth"}
 
 
@@ -176,10 +177,8 @@ def test_a_release_comes_in_and_goes_out_by_the_commands_to_the_bit(tmp_path, fa
     assert main(["import", str(RELEASES[family]), str(tmp_path / "in")]) == 0
     assert main(["export", str(tmp_path / "in"), str(tmp_path / "out"), "--family", family]) == 0
     assert main(["import", str(tmp_path / "out"), str(tmp_path / "again")]) == 0
-    for ours, theirs in (("out", RELEASES[family]), ("again", tmp_path / "in")):
-        expected, found = tensors_of(theirs), tensors_of(tmp_path / ours)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert same(tmp_path / "out", RELEASES[family])
+    assert same(tmp_path / "again", tmp_path / "in")
 
 
 CHANGES = {
