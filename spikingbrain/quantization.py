@@ -94,6 +94,18 @@ class Int8Quantizer(HfQuantizer):
             for name in block.projections if isinstance(block, MixerBlock) else ():
                 linear = block.get_submodule(name)
                 setattr(block, name, self._replacement(f"{inner}{block_name}.{name}", linear, sizes))
+        self._shapes = _shapes(model)
+
+    def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> None:
+        # Older versions of transformers (5.19) take tensors of any shape where a model is quantised.
+        found = _shapes(model)
+        wrong = [
+            f"{name} {list(found[name])} where {list(shape)} is needed"
+            for name, shape in self._shapes.items()
+            if found[name] != shape
+        ]
+        if wrong:
+            raise InputError(f"mismatched: {', '.join(wrong)}")
 
     def _replacement(self, name: str, linear: Any, sizes: dict[str, list[int]]) -> nn.Module:
         config: Any = self.quantization_config
@@ -112,6 +124,10 @@ class Int8Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
