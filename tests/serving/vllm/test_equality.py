@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from ast import literal_eval
 
 import pytest
 
@@ -105,9 +106,11 @@ def test_another_model_behaves_as_without_the_plugin(tmp_path, prompts):
     path = save_qwen2(tmp_path / "qwen2")
     with engine(path) as llm:
         outputs = ask(llm, prompts, logprobs=2)
-    ours = [(t, o.outputs[0].cumulative_logprob) for t, o in zip(tokens_of(outputs), outputs, strict=True)]
+    ours = [o.outputs[0].cumulative_logprob for o in outputs]
     environment = {**os.environ, "VLLM_PLUGINS": "none", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", QWEN2, str(path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == repr(ours)
-    assert [tokens for tokens, _ in ours] == reference(path, prompts)
+    tokens, theirs = zip(*literal_eval(done.stdout.splitlines()[-1]), strict=True)
+    assert list(tokens) == tokens_of(outputs) == reference(path, prompts)
+    # Sums of one process and of another may differ in their last bit: memory lies otherwise.
+    assert ours == pytest.approx(list(theirs), rel=1e-6)
