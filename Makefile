@@ -94,9 +94,9 @@ test-page: setup ## the page in a headless Chromium, which has to be installed
 	@command -v chromium chromium-browser google-chrome > /dev/null || { echo "needs Chromium"; exit 2; }
 	$(PYTEST) tests/serving/test_page.py
 
-test-clients: setup ## real clients (litellm, langchain-openai) in an environment of their own, against our server
+test-clients: setup ## real clients (litellm, langchain-openai, guidellm) in an environment of their own, against our server
 	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/pip install -q litellm langchain-openai
+	.venv-clients/bin/pip install -q litellm langchain-openai guidellm
 	$(BIN)/python -m tests.serving.clients .venv-clients/bin/python
 
 soak-serving: setup ## load, cancellation, fuzz and long sessions against the server; figures to benchmarks/results

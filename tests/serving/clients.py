@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from spikingbrain.files import read_json
+
 from .conftest import make_tokenizer, save_model
 from .harness import serving
 
@@ -46,24 +48,20 @@ responses = ChatOpenAI(max_tokens=8, use_responses_api=True, **base).invoke("doe
 assert responses.usage_metadata["output_tokens"] == 8, responses
 assert OpenAI(max_tokens=8, **base).invoke("a")
 """
-# The requests of `vllm bench serve` and of guidellm, 16 at a time; the tools themselves bring PyTorch along.
+# The requests of `vllm bench serve`, 16 at a time.
 LOADS = """
 import json, sys, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 base, root = sys.argv[1], sys.argv[1].removesuffix("/v1")
 assert urllib.request.urlopen(f"{root}/health").status == 200
 name = json.load(urllib.request.urlopen(f"{base}/models"))["data"][0]["id"]
-usage = {"include_usage": True, "continuous_usage_stats": True}
 common = {"model": name, "stream": True, "ignore_eos": True, "temperature": 0.0, "repetition_penalty": 1.0}
 tokens = [5 + i * 7 % 250 for i in range(100)]
 user = [{"role": "user", "content": [{"type": "text", "text": "does it rain? " * 20}]}]
 vllm = {**common, "max_tokens": 24, "logprobs": None, "stream_options": {"include_usage": True}}
-guidellm = {**common, "max_tokens": 24, "max_completion_tokens": 24, "stop": None, "stream_options": usage}
 REQUESTS = [
     ("completions", {**vllm, "prompt": tokens}),
     ("chat/completions", {**vllm, "max_completion_tokens": 24, "messages": user}),
-    ("completions", {**guidellm, "prompt": "does it rain? " * 20}),
-    ("chat/completions", {**guidellm, "messages": user}),
 ]
 def ask(number):
     path, body = REQUESTS[number % len(REQUESTS)]
@@ -79,7 +77,12 @@ with ThreadPoolExecutor(16) as pool:
     print(len(list(pool.map(ask, range(400)))), "requests")
 """
 # litellm would ask the internet for prices.
-SCRIPTS = {"litellm": LITELLM, "langchain-openai": LANGCHAIN, "loads of vllm bench and guidellm": LOADS}
+SCRIPTS = {"litellm": LITELLM, "langchain-openai": LANGCHAIN, "loads of vllm bench": LOADS}
+GUIDELLM = {
+    "profile": "kind=concurrent,streams=8",
+    "constraint": "kind=max_requests,count=64",
+    "data": "kind=synthetic_text,prompt_tokens=64,output_tokens=16",
+}
 NO_DOWNLOADS = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 CURL = (
     "curl",
@@ -91,6 +94,20 @@ CURL = (
 )
 
 
+def run_guidellm(python: str, url: str, model: Path) -> None:
+    """guidellm's own load of 64 streams; raises AssertionError if one fails."""
+    report = model.with_name("guidellm.json")
+    backend = f"kind=openai_http,target={url},model=tiny"
+    options = {**GUIDELLM, "backend": backend, "tokenizer": f"kind=hf_auto,model={model}"}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    command = [Path(python).parent / "guidellm", "run", "--disable-console", *words]
+    subprocess.run([*command, "--output", f"kind=json,path={report}"], check=True, timeout=600, env=NO_DOWNLOADS)
+    (benchmark,) = read_json(report)["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    if totals != {"successful": 64, "errored": 0, "incomplete": 0, "total": 64}:
+        raise AssertionError(totals)
+
+
 def main() -> None:
     python = sys.argv[1]
     with tempfile.TemporaryDirectory() as directory:
@@ -100,6 +117,8 @@ def main() -> None:
             for name, script in SCRIPTS.items():
                 subprocess.run([python, "-c", script, base], check=True, timeout=300, env=NO_DOWNLOADS)
                 sys.stdout.write(f"{name}: well\n")
+            run_guidellm(python, server.url, model)
+            sys.stdout.write("guidellm: well\n")
             answer = subprocess.run([*CURL, f"{base}/completions"], check=True, capture_output=True, text=True)
             if not answer.stdout.endswith("data: [DONE]\n\n"):
                 raise AssertionError(answer.stdout)
