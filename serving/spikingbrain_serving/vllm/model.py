@@ -26,6 +26,7 @@ from spikingbrain.model import MixerBlock, SpikingBrainModel
 from spikingbrain.quantization import METHOD
 
 from .blocks import make_stateful
+from .experts import fuse_experts
 from .loading import Target, by_vllm, group_size, load, projection_targets, sharded, unused, whole
 from .projections import gather_before_encoding, make_parallel
 from .quantization import SpikeInt8Config
@@ -191,8 +192,8 @@ def _place_layer(layer: Any, vllm_config: VllmConfig, num_bytes: int, name: str)
     """Put vLLM's layers into one of ours and give its other tensors memory; returns what to load where."""
     model, quant, ranks = vllm_config.model_config, vllm_config.quant_config, get_tensor_model_parallel_world_size()
     layout = page_layout(layer, model.dtype, ranks, model.max_model_len)
+    targets = fuse_experts(layer, quant, model.hf_config, name)
     blocks = {n: block for n, block in layer.named_modules() if isinstance(block, MixerBlock)}
-    targets: dict[str, Target] = {}
     dims: dict[str, int] = {}
     for block_name, block in blocks.items():
         linears: dict[str, Any] = {projection: block.get_submodule(projection) for projection in block.projections}

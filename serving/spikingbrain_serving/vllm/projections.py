@@ -44,7 +44,7 @@ class ParallelProjections(nn.Module):
         super().__init__()
         self.groups: list[dict[str, Projection]] = []
         self.linears = nn.ModuleList()
-        keys = {n: (_cut(projection), _quantised(n, spiking, quant)) for n, projection in projections.items()}
+        keys = {n: (_cut(projection), is_quantised(n, spiking, quant)) for n, projection in projections.items()}
         for key in dict.fromkeys(keys.values()):
             group = {n: projection for n, projection in projections.items() if keys[n] == key}
             self.groups.append(group)
@@ -127,7 +127,7 @@ def _cut(projection: Projection) -> tuple[bool, bool, bool]:
     return projection.source == "mixed", projection.shard == "replicate", projection.bias
 
 
-def _quantised(name: str, spiking: bool, quant: SpikeInt8Config | None) -> bool:
+def is_quantised(name: str, spiking: bool, quant: SpikeInt8Config | None) -> bool:
     """Whether a projection has int8 weights, which only spikes can be multiplied with."""
     if quant is None or name in quant.exclude:
         return False
