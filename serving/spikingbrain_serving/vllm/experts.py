@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.platforms import current_platform
 
 from spikingbrain.channel_mixers.moe import Mixer as Mixture
+from spikingbrain.errors import InputError
 from spikingbrain.experts import run_expert
 from spikingbrain.model import MixerBlock
 from spikingbrain.spiking import SpikingLinear
 from spikingbrain.state import LayerState, StateSpec
 
-from .loading import Target, group_size, unused
-from .projections import is_quantised
+from .loading import Target, unused
+from .projections import refuse_dense
 from .quantization import SpikeInt8Config
 
 # Of what vLLM's kernels compute, those that have the same name and meaning in `hidden_act`.
@@ -49,6 +51,9 @@ class FusedExperts(nn.Module):
             has_bias=gate.bias,
             prefix=name,
         )
+        if self.routed.routed_experts.use_ep and current_platform.is_cpu():
+            # vLLM 0.32's kernel there takes an expert's number for its place among those of the rank.
+            raise InputError("vLLM's experts know no expert parallelism on a CPU: leave out --enable-expert-parallel")
 
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:  # noqa: ARG002
         """Nothing is remembered."""
@@ -82,31 +87,32 @@ def fuse_experts(layer: nn.Module, quant: SpikeInt8Config | None, config: Any, n
     for block_name, block in blocks.items():
         for mixer_name in block.names:
             mixture: Any = block.get_submodule(mixer_name)
-            if isinstance(mixture, Mixture) and _is_fusable(mixture, quant, config.hidden_act):
-                full_name = f"{name}.{block_name}.{mixer_name}"
+            full_name = f"{name}.{block_name}.{mixer_name}"
+            if isinstance(mixture, Mixture) and _is_fusable(mixture, config.hidden_act):
                 fused = FusedExperts(mixture, config.hidden_act, full_name)
                 block.add_module(mixer_name, fused)
-                targets |= _targets(full_name, mixture, fused.routed.routed_experts, group_size(config))
+                targets |= _targets(full_name, mixture, fused.routed.routed_experts, quant)
     return targets
 
 
-def _is_fusable(mixture: Mixture, quant: SpikeInt8Config | None, hidden_act: str) -> bool:
+def _is_fusable(mixture: Mixture, hidden_act: str) -> bool:
     spiking = any(isinstance(module, SpikingLinear) for module in mixture.experts.modules())
-    quantised = any(is_quantised(projection, spiking, quant) for projection in SHARDS)
-    return not spiking and not quantised and hidden_act in ACTIVATIONS
+    return not spiking and hidden_act in ACTIVATIONS
 
 
-def _targets(name: str, mixture: Mixture, routed: Any, group_size: int | None) -> Iterator[tuple[str, Target]]:
-    """What is on disk of the experts; `group_size`: of int8 weights, whose scales lie beside dense projections too."""
+def _targets(name: str, mixture: Mixture, routed: Any, quant: SpikeInt8Config | None) -> Iterator[tuple[str, Target]]:
+    """What is on disk of the experts, whose weights must not be int8."""
     for number, expert in enumerate(mixture.experts):
         for projection, (shard, stem) in SHARDS.items():
             linear, full_name = expert.get_submodule(projection), f"{name}.experts.{number}.{projection}"
+            refuse_dense(full_name, quant)
             for kind, tensor in linear.named_parameters():
                 load = partial(_load, routed, f"{stem}_{kind}", shard, number)
                 yield f"{full_name}.{kind}", Target(tensor.shape, load)
-            if group_size is not None:
+            if quant is not None:
+                # Scales that a checkpoint has beside dense projections too.
                 rows, columns = linear.weight.shape
-                yield f"{full_name}.weight_scale", unused(torch.Size([rows, columns // group_size]))
+                yield f"{full_name}.weight_scale", unused(torch.Size([rows, columns // quant.group_size]))
 
 
 def _load(routed: Any, name: str, shard: str, number: int, tensor: Tensor) -> None:

@@ -15,7 +15,7 @@ from spikingbrain_kernels.quantized import Int8Weight, spike_linear
 
 
 class SpikeInt8Config(QuantizationConfig):
-    """`group_size`: inputs that share a scale. `exclude`: names of projections that are not quantised."""
+    """`group_size`: inputs that share a scale. `exclude`: names, or their last parts, of what is not quantised."""
 
     def __init__(self, group_size: int, exclude: list[str]):
         super().__init__()

@@ -19,6 +19,24 @@ LAYOUTS = {
     "in parallel": {"mixers": ["gla+sliding_window", "gla+softmax"], "qk_norm": True, "qkv_bias": True},
     "sinks and a tied gate": {"mixers": ["gla+sliding_window", "softmax"], "num_sinks": 3, "gate": {"tied": True}},
     "experts": {"mixers": ["gla"], "channel_mixers": ["moe"], "moe": {"num_experts": 4, "top_k": 2}},
+    "experts with biases, none of them shared": {
+        "mixers": ["gla"],
+        "channel_mixers": ["moe"],
+        "moe": {"num_experts": 5, "top_k": 3, "num_shared": 0, "score": "sigmoid"},
+        "mlp_bias": True,
+        "hidden_act": "gelu",
+    },
+    "experts of a firing router": {
+        "mixers": ["gla"],
+        "channel_mixers": ["moe"],
+        "moe": {"num_experts": 4, "top_k": 3, "num_shared": 2, "score": "spike"},
+    },
+    "experts that vLLM has no kernel for": {
+        "mixers": ["gla"],
+        "channel_mixers": ["moe"],
+        "moe": {"num_experts": 4},
+        "hidden_act": "relu",
+    },
     "spikes, not all": {"mixers": ["gla", "sliding_window"], "spiking": {"exclude": ["v_proj"]}},
     "neurons with a memory": {"mixers": ["gla"], "spiking": {"neuron": "lif", "params": {"v_th": 0.05}}},
     "states of several sizes": {
@@ -50,6 +68,25 @@ def check(path, prompts, rounds=3, **options):
 def test_every_family_gives_the_tokens_of_generate(family, tmp_path):
     path = save_family(family, tmp_path / "model")
     check(path, make_prompts(61))
+
+
+def kinds_of_experts(model):
+    return {type(module).__name__ for module in model.modules()} & {"FusedExperts", "OpaqueMixer"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, "FusedExperts"),
+        ({"spiking": {"exclude": ["gate_proj", "up_proj", "down_proj"]}}, "FusedExperts"),
+        ({"spiking": {"exclude": ["gate_proj", "up_proj"]}}, "OpaqueMixer"),
+    ],
+)
+def test_experts_that_take_no_spikes_are_vllms(settings, kind, tmp_path, prompts):
+    path = save(tmp_path / "model", mixers=["softmax"], channel_mixers=["moe"], moe={"num_experts": 4}, **settings)
+    with engine(path) as llm:
+        assert llm.apply_model(kinds_of_experts) == [{kind}]
+        assert tokens_of(ask(llm, prompts)) == reference(path, prompts)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -97,6 +134,19 @@ def test_a_compiled_model_gives_the_same_tokens(hybrid, prompts, expected):
 
 def test_two_ranks_give_the_same_tokens(hybrid, prompts, expected):
     with engine(hybrid, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        for _ in range(2):
+            assert tokens_of(ask(llm, prompts)) == expected
+
+
+def test_two_ranks_share_every_expert(tmp_path, prompts):
+    path = save(tmp_path / "model", **LAYOUTS["experts with biases, none of them shared"])
+    check(path, prompts, rounds=1, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
+def test_two_stages_give_the_same_tokens(hybrid, prompts, expected):
+    # Eagerly, vLLM's CPU worker never makes the buffer that a stage receives into.
+    traced = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+    with engine(hybrid, pipeline_parallel_size=2, distributed_executor_backend="mp", **traced) as llm:
         for _ in range(2):
             assert tokens_of(ask(llm, prompts)) == expected
 
