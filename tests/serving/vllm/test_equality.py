@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from spikingbrain import registry
+from spikingbrain.quantization import quantize_projections
 
 from .conftest import LENGTHS, ask, engine, make_prompts, reference, save, save_family, save_qwen2, tokens_of
 
@@ -47,6 +49,8 @@ LAYOUTS = {
         "norm": "layer_norm",
     },
 }
+# Traced as for torch.compile, and then run as it is.
+TRACED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
 QWEN2 = """
 import sys
 from serving.vllm.conftest import ask, engine, make_prompts, tokens_of
@@ -94,6 +98,31 @@ def test_every_layout_gives_the_tokens_of_generate(layout, tmp_path, prompts):
     check(save(tmp_path / "model", **layout), prompts)
 
 
+def save_int8(path):
+    """Codes in int8; the projections that stay as they are have names of their own in the config."""
+    model = AutoModelForCausalLM.from_pretrained(
+        save(path.with_name("fp32"), mixers=["gla", "sliding_window"], spiking={"exclude": ["v_proj"]})
+    )
+    quantize_projections(model).save_pretrained(path)
+    assert "model.layers.1.mixer.v_proj" in model.config.quantization_config["exclude"]
+    return path
+
+
+def numbers_of_parts(model):
+    return {len(module.parts) for module in model.modules() if hasattr(module, "parts")}
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"), [(save_int8, 1), (lambda path: save_family("w8aspike", path), 2)], ids=["int8", "codes beyond"]
+)
+def test_int8_weights_are_packed_and_give_the_same_tokens(make, parts, tmp_path, prompts):
+    path = make(tmp_path / "model")
+    with engine(path, **TRACED) as llm:
+        assert llm.apply_model(numbers_of_parts) == [{parts}]
+        for _ in range(2):
+            assert tokens_of(ask(llm, prompts)) == reference(path, prompts)
+
+
 def test_prompts_in_chunks_give_the_same_tokens(hybrid, prompts, expected):
     with engine(hybrid, max_num_batched_tokens=32, max_num_seqs=3) as llm:
         assert tokens_of(ask(llm, prompts)) == expected
@@ -132,6 +161,10 @@ def test_a_compiled_model_gives_the_same_tokens(hybrid, prompts, expected):
             assert tokens_of(ask(llm, prompts)) == expected
 
 
+def test_experts_in_a_traced_model_give_the_same_tokens(tmp_path, prompts):
+    check(save(tmp_path / "model", **LAYOUTS["experts"]), prompts, rounds=1, **TRACED)
+
+
 def test_two_ranks_give_the_same_tokens(hybrid, prompts, expected):
     with engine(hybrid, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         for _ in range(2):
@@ -145,8 +178,7 @@ def test_two_ranks_share_every_expert(tmp_path, prompts):
 
 def test_two_stages_give_the_same_tokens(hybrid, prompts, expected):
     # Eagerly, vLLM's CPU worker never makes the buffer that a stage receives into.
-    traced = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
-    with engine(hybrid, pipeline_parallel_size=2, distributed_executor_backend="mp", **traced) as llm:
+    with engine(hybrid, pipeline_parallel_size=2, distributed_executor_backend="mp", **TRACED) as llm:
         for _ in range(2):
             assert tokens_of(ask(llm, prompts)) == expected
 
