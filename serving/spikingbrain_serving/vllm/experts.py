@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
-from vllm.platforms import current_platform
 
 from spikingbrain.channel_mixers.moe import Mixer as Mixture
-from spikingbrain.errors import InputError
 from spikingbrain.experts import run_expert
 from spikingbrain.model import MixerBlock
 from spikingbrain.spiking import SpikingLinear
@@ -51,9 +49,6 @@ class FusedExperts(nn.Module):
             has_bias=gate.bias,
             prefix=name,
         )
-        if self.routed.routed_experts.use_ep and current_platform.is_cpu():
-            # vLLM 0.32's kernel there takes an expert's number for its place among those of the rank.
-            raise InputError("vLLM's experts know no expert parallelism on a CPU: leave out --enable-expert-parallel")
 
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:  # noqa: ARG002
         """Nothing is remembered."""
