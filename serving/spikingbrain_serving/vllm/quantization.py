@@ -1,4 +1,4 @@
-"""int8 weights for spike counts as a quantisation method of vLLM: what is on disk is what is in memory."""
+"""int8 weights for spike counts as a quantisation method of vLLM; on a CPU in the packed form of our kernels."""
 
 from typing import Any
 
