@@ -131,6 +131,11 @@ class SpikingBrainConfig(PreTrainedConfig):
             raise InputError(f"num_sinks must not be negative, got {self.num_sinks}")
         super().__post_init__(**kwargs)
 
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer, 0 without any: Hugging Face's name, by which serving engines know of them."""
+        return 0 if self.moe is None else self.moe["num_experts"]
+
     def _refuse_unknown(self, keys: dict[str, Any]) -> None:
         known = HUGGING_FACE_KEYS | set(GenerationConfig._get_default_generation_params())
         unknown = sorted(key for key in keys if key not in known and not key.startswith("_"))

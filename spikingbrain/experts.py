@@ -47,13 +47,20 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> Routing:  # type: ignore[override]
         """`x [N, D]` -> where its tokens go; a token's route depends on this token only."""
+        return self.choose(self.logits(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """`x [N, D]` -> `[N, E]`."""
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = linear(x.to(wide), self.weight.to(wide))
+            return linear(x.to(wide), self.weight.to(wide))
+
+    def choose(self, logits: Tensor) -> Routing:
+        """Where tokens with these `logits [N, E]` go."""
         if self.moe["score"] == "spike":
             return self._fire(logits)
         scores = logits.softmax(-1) if self.moe["score"] == "softmax" else logits.sigmoid()
-        experts = (scores + self.balance_bias.to(wide)).topk(self.moe["top_k"], dim=-1).indices
+        experts = (scores + self.balance_bias.to(logits.dtype)).topk(self.moe["top_k"], dim=-1).indices
         return Routing(experts, scores.gather(1, experts), scores / scores.sum(-1, keepdim=True))
 
     def _fire(self, logits: Tensor) -> Routing:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
 from .backends import state_dtype
+from .packed import GROUP, Packed, pack_codes
 
 INT8 = torch.iinfo(torch.int8)
 
@@ -47,7 +49,7 @@ def dequantize(weight: Int8Weight, dtype: torch.dtype = torch.float32) -> Tensor
     """W `[out, in]`."""
     codes = weight.codes.to(dtype)
     if weight.outlier_index is not None:
-        codes = codes.flatten().index_copy(0, weight.outlier_index.long(), weight.outlier_code.to(dtype))
+        codes = _put(codes, weight.outlier_index, weight.outlier_code)
     groups = codes.view(*weight.scale.shape, -1) * weight.scale.to(dtype)[..., None]
     return groups.view(weight.codes.shape)
 
@@ -60,3 +62,33 @@ def spike_linear(counts: Tensor, scale: Tensor, weight: Int8Weight, bias: Tensor
     dtype = state_dtype(counts.dtype)
     out = torch.nn.functional.linear(counts.to(dtype), dequantize(weight, dtype)) * scale.to(dtype)
     return (out if bias is None else out + bias).to(counts.dtype)
+
+
+def pack_parts(weight: Int8Weight) -> list[Packed] | None:
+    """`weight` as the exact sum of packed ones: what int8 holds of each code, and what outliers exceed it by.
+
+    None where that cannot be: for groups other than of 128 inputs and for codes beyond twice int8.
+    """
+    codes, scale, index, outlier = weight
+    if codes.shape[1] != GROUP * scale.shape[1]:
+        return None
+    if index is None:
+        return [pack_codes(codes, scale)]
+    near = outlier.clamp(INT8.min, INT8.max)
+    far = outlier - near
+    if bool(((far < INT8.min) | (far > INT8.max)).any()):
+        return None
+    return [pack_codes(_put(codes, index, near), scale), pack_codes(_put(torch.zeros_like(codes), index, far), scale)]
+
+
+def spike_linear_parts(counts: Tensor, scale: Tensor, parts: list[Packed], bias: Tensor | None = None) -> Tensor:
+    """As `spike_linear`, with the weight in parts; only the weights of channels that fired are read."""
+    first, *rest = parts
+    out = ops.spike_linear(counts, scale, first, bias)
+    for part in rest:
+        out = out + ops.spike_linear(counts, scale, part)
+    return out
+
+
+def _put(codes: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    return codes.flatten().index_copy(0, index.long(), values.to(codes.dtype)).view_as(codes)

@@ -12,7 +12,8 @@ from spikingbrain import InputError
 from spikingbrain.mixers.spiking_window import quantized
 from spikingbrain.quantization import QuantizedLinear, UnquantizedLinear, int8_tensors
 from spikingbrain.spiking import SpikingLinear
-from spikingbrain_kernels.quantized import dequantize, quantize, spike_linear
+from spikingbrain_kernels.library import missing
+from spikingbrain_kernels.quantized import dequantize, pack_parts, quantize, spike_linear, spike_linear_parts
 
 from .conftest import VOCABULARY, tiny_config, tiny_model
 
@@ -52,6 +53,26 @@ def test_the_product_is_that_of_the_dequantised_weight():
     expected = (counts * threshold) @ dequantize(weight, torch.float64).T + bias
     assert relative_rms(spike_linear(counts, threshold, weight, bias), expected) < 1e-12
     assert relative_rms(spike_linear(counts.float(), threshold.float(), weight, bias.float()), expected) < 1e-6
+
+
+@pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
+@pytest.mark.parametrize("share", [0.0, 0.01, 1.0])
+def test_the_product_of_packed_parts_is_the_same(share):
+    codes, scale = weight_with_outliers(70, 256, group=128, share=share)
+    weight = quantize((codes.unflatten(1, (-1, 128)) * scale[..., None]).flatten(1), scale)
+    counts, threshold, bias = torch.randint(-400, 401, (2, 5, 256)).float(), torch.rand(2, 5, 1), torch.randn(70)
+    expected = spike_linear(counts.double(), threshold.double(), weight, bias.double())
+    parts = pack_parts(weight)
+    assert len(parts) == (1 if share == 0 else 2)
+    assert relative_rms(spike_linear_parts(counts, threshold, parts, bias), expected) < 1e-6
+
+
+def test_groups_and_codes_that_the_packed_form_has_no_room_for_have_no_parts():
+    scale = torch.ones(24, 2)
+    assert pack_parts(quantize(torch.full((24, 256), 255.0), scale)) is None
+    assert pack_parts(quantize(torch.full((24, 256), 254.0), scale)) is not None
+    assert pack_parts(quantize(torch.full((24, 256), -256.0), scale)) is not None
+    assert pack_parts(quantize(torch.ones(24, 256), torch.ones(24, 4))) is None
 
 
 def saved(tmp_path, exclude=("down_proj",), share=0.01):

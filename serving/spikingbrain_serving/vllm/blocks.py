@@ -8,6 +8,7 @@ from vllm.config import CacheConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 
+from spikingbrain.channel_mixers.moe import Mixer as Mixture
 from spikingbrain.lif import LIF
 from spikingbrain.model import DecoderLayer, MixerBlock
 from spikingbrain.neurons import Spikes
@@ -120,8 +121,8 @@ def _make_block_stateful(block: MixerBlock, place: Place, config: Any, cache: Ca
 
 
 def _is_opaque(mixer: Any) -> bool:
-    """With a state, or with experts: which tokens they get depends on values, which no graph can hold."""
-    return bool(mixer.state_specs(torch.float32)) or any(isinstance(child, MixerBlock) for child in mixer.modules())
+    """With a state, or with experts of our own: how many tokens one gets depends on values, which no graph can hold."""
+    return bool(mixer.state_specs(torch.float32)) or isinstance(mixer, Mixture)
 
 
 def _opaque_mixer(mixer: Any, name: str, place: Place, config: Any) -> OpaqueMixer:

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching, SupportsPP
 from vllm.model_executor.models.utils import make_empty_intermediate_tensors_factory
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from spikingbrain.errors import InputError
@@ -26,6 +27,7 @@ from spikingbrain.model import MixerBlock, SpikingBrainModel
 from spikingbrain.quantization import METHOD
 
 from .blocks import make_stateful
+from .experts import fuse_experts
 from .loading import Target, by_vllm, group_size, load, projection_targets, sharded, unused, whole
 from .projections import gather_before_encoding, make_parallel
 from .quantization import SpikeInt8Config
@@ -61,7 +63,7 @@ class SpikingBrainDecoder(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config: Any = vllm_config.model_config.hf_config
-        _check(config, vllm_config.quant_config, get_tensor_model_parallel_world_size())
+        _check(config, vllm_config)
         body = _without_memory(config)
         (self.page_bytes,) = _page_shape(body, vllm_config)
         self.stage = Stage(config.num_hidden_layers)
@@ -166,14 +168,18 @@ class SpikingBrainForVLLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefi
         return {name for name, _ in self.named_parameters()}
 
 
-def _check(config: Any, quant: Any, ranks: int) -> None:
+def _check(config: Any, vllm_config: VllmConfig) -> None:
     """Raise `InputError` unless whole heads go to each rank and weights are as they are or int8 for spikes."""
+    quant, ranks = vllm_config.quant_config, get_tensor_model_parallel_world_size()
     if quant is not None and not isinstance(quant, SpikeInt8Config):
         raise InputError(f"quantisation {quant.get_name()} knows no spikes; {METHOD} does")
     heads = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads")}
     odd = [f"{name} {count}" for name, count in heads.items() if count % ranks]
     if odd:
         raise InputError(f"tensor parallel size {ranks} does not divide {', '.join(odd)}")
+    if vllm_config.parallel_config.enable_expert_parallel and current_platform.is_cpu():
+        # vLLM 0.32's kernel there takes an expert's number for its place among those of the rank.
+        raise InputError("vLLM has no expert parallelism on a CPU: leave out --enable-expert-parallel")
 
 
 def _without_memory(config: Any) -> SpikingBrainModel:
@@ -191,8 +197,8 @@ def _place_layer(layer: Any, vllm_config: VllmConfig, num_bytes: int, name: str)
     """Put vLLM's layers into one of ours and give its other tensors memory; returns what to load where."""
     model, quant, ranks = vllm_config.model_config, vllm_config.quant_config, get_tensor_model_parallel_world_size()
     layout = page_layout(layer, model.dtype, ranks, model.max_model_len)
+    targets = fuse_experts(layer, quant, model.hf_config, name)
     blocks = {n: block for n, block in layer.named_modules() if isinstance(block, MixerBlock)}
-    targets: dict[str, Target] = {}
     dims: dict[str, int] = {}
     for block_name, block in blocks.items():
         linears: dict[str, Any] = {projection: block.get_submodule(projection) for projection in block.projections}

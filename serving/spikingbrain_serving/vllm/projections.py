@@ -44,7 +44,10 @@ class ParallelProjections(nn.Module):
         super().__init__()
         self.groups: list[dict[str, Projection]] = []
         self.linears = nn.ModuleList()
-        keys = {n: (_cut(projection), _quantised(n, spiking, quant)) for n, projection in projections.items()}
+        if not spiking:
+            for n in projections:
+                refuse_dense(f"{name}.{n}", quant)
+        keys = {n: (_cut(p), _is_quantised(f"{name}.{n}", quant)) for n, p in projections.items()}
         for key in dict.fromkeys(keys.values()):
             group = {n: projection for n, projection in projections.items() if keys[n] == key}
             self.groups.append(group)
@@ -127,13 +130,14 @@ def _cut(projection: Projection) -> tuple[bool, bool, bool]:
     return projection.source == "mixed", projection.shard == "replicate", projection.bias
 
 
-def _quantised(name: str, spiking: bool, quant: SpikeInt8Config | None) -> bool:
-    """Whether a projection has int8 weights, which only spikes can be multiplied with."""
-    if quant is None or name in quant.exclude:
-        return False
-    if not spiking:
+def refuse_dense(name: str, quant: SpikeInt8Config | None) -> None:
+    """Raise `InputError` where projection `name`, which takes no spikes, were to have int8 weights."""
+    if _is_quantised(name, quant):
         raise InputError(f"{METHOD}: {name} takes no spikes; name it in exclude or turn spikes on")
-    return True
+
+
+def _is_quantised(name: str, quant: SpikeInt8Config | None) -> bool:
+    return quant is not None and not any(f".{name}".endswith(f".{end}") for end in quant.exclude)
 
 
 def _linear(group: dict[str, Projection], spiking: bool, quant: SpikeInt8Config | None, name: str) -> nn.Module:

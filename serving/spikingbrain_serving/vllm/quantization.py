@@ -1,4 +1,4 @@
-"""int8 weights for spike counts as a quantisation method of vLLM: what is on disk is what is in memory."""
+"""int8 weights for spike counts as a quantisation method of vLLM; on a CPU in the packed form of our kernels."""
 
 from typing import Any
 
@@ -11,11 +11,12 @@ from vllm.model_executor.utils import set_weight_attrs
 from spikingbrain.errors import InputError
 from spikingbrain.quantization import GROUP_SIZE, METHOD
 from spikingbrain_kernels import state_dtype
-from spikingbrain_kernels.quantized import Int8Weight, spike_linear
+from spikingbrain_kernels.library import missing
+from spikingbrain_kernels.quantized import Int8Weight, pack_parts, spike_linear, spike_linear_parts
 
 
 class SpikeInt8Config(QuantizationConfig):
-    """`group_size`: inputs that share a scale. `exclude`: names of projections that are not quantised."""
+    """`group_size`: inputs that share a scale. `exclude`: names, or their last parts, of what is not quantised."""
 
     def __init__(self, group_size: int, exclude: list[str]):
         super().__init__()
@@ -81,13 +82,20 @@ class SpikeInt8Method(LinearMethodBase):
         layer.outliers = []
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """One list of outliers for the merged weight."""
+        """One list of outliers for the merged weight; on a CPU the weight is packed and only that is kept."""
         index = code = None
         if layer.outliers:
             index, code = (torch.cat(parts).to(layer.weight.device) for parts in zip(*layer.outliers, strict=True))
         layer.int8 = Int8Weight(layer.weight.data, layer.weight_scale.data, index, code)
+        native = layer.weight.device.type == "cpu" and missing() is None
+        layer.parts = pack_parts(layer.int8) if native else None
+        if layer.parts is not None:
+            layer.weight = layer.weight_scale = layer.int8 = None
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Counts `x [..., in]` -> `[..., out]` in fp32."""
         counts = x.to(state_dtype(x.dtype))
-        return spike_linear(counts, torch.ones_like(counts[..., :1]), layer.int8, bias)
+        ones = torch.ones_like(counts[..., :1])
+        if layer.parts is None:
+            return spike_linear(counts, ones, layer.int8, bias)
+        return spike_linear_parts(counts, ones, layer.parts, bias)

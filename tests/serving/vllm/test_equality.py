@@ -6,8 +6,10 @@ import sys
 from ast import literal_eval
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from spikingbrain import registry
+from spikingbrain.quantization import quantize_projections
 
 from .conftest import LENGTHS, ask, engine, make_prompts, reference, save, save_family, save_qwen2, tokens_of
 
@@ -20,6 +22,24 @@ LAYOUTS = {
     "in parallel": {"mixers": ["gla+sliding_window", "gla+softmax"], "qk_norm": True, "qkv_bias": True},
     "sinks and a tied gate": {"mixers": ["gla+sliding_window", "softmax"], "num_sinks": 3, "gate": {"tied": True}},
     "experts": {"mixers": ["gla"], "channel_mixers": ["moe"], "moe": {"num_experts": 4, "top_k": 2}},
+    "experts with biases, none of them shared": {
+        "mixers": ["gla"],
+        "channel_mixers": ["moe"],
+        "moe": {"num_experts": 5, "top_k": 3, "num_shared": 0, "score": "sigmoid"},
+        "mlp_bias": True,
+        "hidden_act": "gelu",
+    },
+    "experts of a firing router": {
+        "mixers": ["gla"],
+        "channel_mixers": ["moe"],
+        "moe": {"num_experts": 4, "top_k": 3, "num_shared": 2, "score": "spike"},
+    },
+    "experts that vLLM has no kernel for": {
+        "mixers": ["gla"],
+        "channel_mixers": ["moe"],
+        "moe": {"num_experts": 4},
+        "hidden_act": "relu",
+    },
     "spikes, not all": {"mixers": ["gla", "sliding_window"], "spiking": {"exclude": ["v_proj"]}},
     "neurons with a memory": {"mixers": ["gla"], "spiking": {"neuron": "lif", "params": {"v_th": 0.05}}},
     "states of several sizes": {
@@ -30,6 +50,8 @@ LAYOUTS = {
         "norm": "layer_norm",
     },
 }
+# Traced as for torch.compile, and then run as it is.
+TRACED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
 QWEN2 = """
 import sys
 from serving.vllm.conftest import ask, engine, make_prompts, tokens_of
@@ -53,9 +75,53 @@ def test_every_family_gives_the_tokens_of_generate(family, tmp_path):
     check(path, make_prompts(61))
 
 
+def kinds_of_experts(model):
+    return {type(module).__name__ for module in model.modules()} & {"FusedExperts", "OpaqueMixer"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, "FusedExperts"),
+        ({"spiking": {"exclude": ["gate_proj", "up_proj", "down_proj"]}}, "FusedExperts"),
+        ({"spiking": {"exclude": ["gate_proj", "up_proj"]}}, "OpaqueMixer"),
+    ],
+)
+def test_experts_that_take_no_spikes_are_vllms(settings, kind, tmp_path, prompts):
+    path = save(tmp_path / "model", mixers=["softmax"], channel_mixers=["moe"], moe={"num_experts": 4}, **settings)
+    with engine(path) as llm:
+        assert llm.apply_model(kinds_of_experts) == [{kind}]
+        assert tokens_of(ask(llm, prompts)) == reference(path, prompts)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_layout_gives_the_tokens_of_generate(layout, tmp_path, prompts):
     check(save(tmp_path / "model", **layout), prompts)
+
+
+def save_int8(path):
+    """Codes in int8; the projections that stay as they are have names of their own in the config."""
+    model = AutoModelForCausalLM.from_pretrained(
+        save(path.with_name("fp32"), mixers=["gla", "sliding_window"], spiking={"exclude": ["v_proj"]})
+    )
+    quantize_projections(model).save_pretrained(path)
+    assert "model.layers.1.mixer.v_proj" in model.config.quantization_config["exclude"]
+    return path
+
+
+def numbers_of_parts(model):
+    return {len(module.parts) for module in model.modules() if hasattr(module, "parts")}
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"), [(save_int8, 1), (lambda path: save_family("w8aspike", path), 2)], ids=["int8", "codes beyond"]
+)
+def test_int8_weights_are_packed_and_give_the_same_tokens(make, parts, tmp_path, prompts):
+    path = make(tmp_path / "model")
+    with engine(path, **TRACED) as llm:
+        assert llm.apply_model(numbers_of_parts) == [{parts}]
+        for _ in range(2):
+            assert tokens_of(ask(llm, prompts)) == reference(path, prompts)
 
 
 def test_prompts_in_chunks_give_the_same_tokens(hybrid, prompts, expected):
@@ -96,8 +162,24 @@ def test_a_compiled_model_gives_the_same_tokens(hybrid, prompts, expected):
             assert tokens_of(ask(llm, prompts)) == expected
 
 
+def test_experts_in_a_traced_model_give_the_same_tokens(tmp_path, prompts):
+    check(save(tmp_path / "model", **LAYOUTS["experts"]), prompts, rounds=1, **TRACED)
+
+
 def test_two_ranks_give_the_same_tokens(hybrid, prompts, expected):
     with engine(hybrid, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        for _ in range(2):
+            assert tokens_of(ask(llm, prompts)) == expected
+
+
+def test_two_ranks_share_every_expert(tmp_path, prompts):
+    path = save(tmp_path / "model", **LAYOUTS["experts with biases, none of them shared"])
+    check(path, prompts, rounds=1, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
+def test_two_stages_give_the_same_tokens(hybrid, prompts, expected):
+    # Eagerly, vLLM's CPU worker never makes the buffer that a stage receives into.
+    with engine(hybrid, pipeline_parallel_size=2, distributed_executor_backend="mp", **TRACED) as llm:
         for _ in range(2):
             assert tokens_of(ask(llm, prompts)) == expected
 

@@ -60,6 +60,13 @@ def test_a_config_that_does_not_fit_is_refused_with_the_choices(tmp_path, keys, 
         pass
 
 
+def test_expert_parallelism_is_refused_where_vllm_has_none(tmp_path):
+    path = save(tmp_path / "model", channel_mixers=["moe"])
+    refused = pytest.raises(ValueError, match="no expert parallelism on a CPU")
+    with refused, engine(path, enable_expert_parallel=True):
+        pass
+
+
 def test_importing_the_plugin_imports_no_vllm():
     code = "import sys, spikingbrain_serving.vllm; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
