@@ -67,7 +67,6 @@ FLA_OPS = ("gated_linear", "gated_delta")
 ANY_DEVICE = ("cpu", "cuda", "meta")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NATIVE_FORWARD_ONLY = tuple(op for op in NATIVE_OPS if op != "gated_linear")
 
 # In order of preference.
 BACKENDS = (
@@ -76,7 +75,7 @@ BACKENDS = (
         ("cpu",),
         NATIVE_OPS,
         dtypes=NATIVE_DTYPES,
-        forward_only=NATIVE_FORWARD_ONLY,
+        forward_only=OTHER_OPS,
         in_place=True,
         library="library",
     ),

@@ -27,6 +27,7 @@ SIGNATURES = {
     "gated_linear": [c_void_p, c_int64, c_int64],
     "gated_linear_backward": [c_void_p, c_void_p, c_int64, c_int64],
     "window_attention": [c_void_p, c_int64, c_int64],
+    "window_attention_backward": [c_void_p, c_void_p, c_int64, c_int64],
     "rms_norm": [c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int64],
     "encode_adaptive": [c_void_p, c_int64, *[c_float] * 3, c_int64, c_int64, c_void_p, c_void_p, c_int64],
     "log_sigmoid": [c_void_p, c_int64, c_float, *[c_int64] * 3, c_void_p, c_int64],
@@ -58,6 +59,7 @@ class Library:
     gated_linear: Kernel
     gated_linear_backward: Kernel
     window_attention: Kernel
+    window_attention_backward: Kernel
     rms_norm: Kernel
     encode_adaptive: Kernel
     swiglu: Kernel
