@@ -167,7 +167,9 @@ def forward(
         return step_loss(engine, teacher, batch, config, step)
 
 
-def _require_finite(losses: list[float], runs: Sequence[Callable[[], Any]], engine: Any, step: int, world: World) -> None:
+def _require_finite(
+    losses: list[float], runs: Sequence[Callable[[], Any]], engine: Any, step: int, world: World
+) -> None:
     """Raise `NonFinite` on every process where a micro batch's loss is not finite on any.
 
     Once a step, as all wait for the slowest; each runs the same micro batch again, which may exchange what they share.
