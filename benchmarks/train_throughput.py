@@ -4,8 +4,8 @@
     python benchmarks/train_throughput.py --length 16384 --sequences 2 --steps 4 --peer-steps 2
 
 Two processes of one thread each, fp32, the same random tokens a step. Both trainers run one after the other, as often
-as there are rounds; figures are medians of the steps after each run's first. Ours writes a checkpoint beside every other
-step: what those steps take longer is the stall. The load of the machine before each run is recorded.
+as there are rounds; figures are medians of the steps after each run's first. Ours writes a checkpoint beside every
+other step: what those steps take longer is the stall. The load of the machine before each run is recorded.
 """
 
 import argparse
