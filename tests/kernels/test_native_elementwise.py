@@ -3,19 +3,19 @@
 import pytest
 import torch
 from conftest import relative_rms
+from devices import at_level
 
 from spikingbrain_kernels import (
     Slots,
     encode_adaptive,
     gated_linear,
     log_sigmoid,
-    native,
     rms_norm,
     rotary,
     swiglu,
     window_attention,
 )
-from spikingbrain_kernels.library import levels, library, missing
+from spikingbrain_kernels.library import levels, missing
 
 pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=f"native {missing()}"),
@@ -24,9 +24,10 @@ pytestmark = [
 
 
 @pytest.fixture(params=levels() if missing() is None else [])
-def level(request, monkeypatch):
+def level(request):
     """Every level this processor has, in turn, as the best one."""
-    monkeypatch.setattr(native, "library", lambda: library(request.param))
+    with at_level(request.param):
+        yield
 
 
 def calls(x):

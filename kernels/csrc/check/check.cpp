@@ -13,6 +13,9 @@ namespace linear_file {
 namespace recurrent_file {
 #include "../recurrent.cpp"
 }
+namespace channels_file {
+#include "../channels.cpp"
+}
 namespace attention_file {
 #include "../attention.cpp"
 }
@@ -93,6 +96,27 @@ static void check_recurrent(int64_t tokens, int64_t heads, int64_t groups, int64
     recurrent_file::SYMBOL(LEVEL, gated_linear)(&r, 2, 3);
     for (float x : out) expect(x == x, "gated_linear");
     check_recurrent_backward(r, tokens);
+    Floats beta = random_floats(tokens * groups), written(out.size(), NAN);
+    r.beta = {beta.data(), F32, groups};
+    r.out = written.data();
+    recurrent_file::SYMBOL(LEVEL, gated_linear)(&r, 2, 3);
+    for (float x : written) expect(x == x, "gated_delta");
+}
+
+static void check_channels(int64_t tokens, int64_t channels, int64_t taps) {
+    Floats k = random_floats(tokens * channels), v = random_floats(tokens * channels), out(tokens * channels, NAN);
+    Floats pool = random_floats(2 * 3 * channels), inputs = random_floats(2 * (taps - 1) * channels);
+    Floats decay(channels, -1.0f), first(channels, 0.5f), weight = random_floats(channels * taps);
+    const int64_t starts[] = {0, tokens / 2, tokens}, slots[] = {1, -1};
+    channels_file::Channels c{{k.data(), F32, channels}, nullptr, starts, slots, pool.data(), F32, out.data(), channels};
+    const channels_file::Tensor values{v.data(), F32, channels};
+    channels_file::SYMBOL(LEVEL, wkv)(&c, &values, decay.data(), first.data(), 2, 3);
+    for (float x : out) expect(x == x, "wkv");
+    channels_file::SYMBOL(LEVEL, lif_scan)(&c, 2.0f, 1.0f, 0.0f, tokens % 2, 1, 2, 3);
+    for (float x : out) expect(x == 0 || x == 1, "lif_scan");
+    c.pool = inputs.data();
+    channels_file::SYMBOL(LEVEL, short_conv)(&c, weight.data(), taps, 2, 3);
+    for (float x : out) expect(x == x, "short_conv");
 }
 
 static void check_attention(int64_t tokens, int64_t heads, int64_t groups, int64_t width, int64_t window) {
@@ -152,6 +176,8 @@ int main() {
         check_attention(tokens, 3, 1, 5, 1);
         check_attention(tokens, 2, 1, 200, 100);
     }
+    for (int64_t tokens : {0, 1, 9})
+        for (int64_t channels : {1, 64, 300}) check_channels(tokens, channels, 1 + tokens / 3);
     for (int64_t n : {1, 7, 64, 91}) check_elementwise(20, n);
     printf("%s: %d failures\n", __FILE__, failures);
     return failures != 0;
