@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import relative_rms
 
-from spikingbrain_kernels import native, window_attention
+from spikingbrain_kernels import window_attention
 from spikingbrain_kernels.library import levels, library, missing
+from spikingbrain_kernels.native import attention
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
 
@@ -52,7 +53,7 @@ def test_a_token_that_sees_only_itself_takes_its_value_whatever_query_and_key_ar
 
 @pytest.mark.parametrize("level", levels() if missing() is None else [])
 def test_every_level_has_the_reference_s_gradients(level, monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: library(level))
+    monkeypatch.setattr(attention, "library", lambda: library(level))
     assert_equal_to_the_reference(inputs(1, 130, sinks=3), window=40)
 
 
