@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import relative_rms
+from devices import at_level
 
 from spikingbrain_kernels import window_attention
-from spikingbrain_kernels.library import levels, library, missing
-from spikingbrain_kernels.native import attention
+from spikingbrain_kernels.library import levels, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
 
@@ -52,9 +52,9 @@ def test_a_token_that_sees_only_itself_takes_its_value_whatever_query_and_key_ar
 
 
 @pytest.mark.parametrize("level", levels() if missing() is None else [])
-def test_every_level_has_the_reference_s_gradients(level, monkeypatch):
-    monkeypatch.setattr(attention, "library", lambda: library(level))
-    assert_equal_to_the_reference(inputs(1, 130, sinks=3), window=40)
+def test_every_level_has_the_reference_s_gradients(level):
+    with at_level(level):
+        assert_equal_to_the_reference(inputs(1, 130, sinks=3), window=40)
 
 
 @pytest.mark.parametrize(("heads", "groups", "width"), [(7, 1, 5), (3, 3, 40), (14, 2, 64), (70, 1, 3)])
