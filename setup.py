@@ -10,7 +10,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 SOURCES = Path("kernels/csrc")
-KERNELS = ("linear", "recurrent", "attention", "elementwise")
+KERNELS = ("linear", "recurrent", "channels", "attention", "attention_backward", "elementwise")
 # Every kernel is compiled once a level; the level is chosen when the library is loaded.
 LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):

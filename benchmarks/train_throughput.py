@@ -1,12 +1,16 @@
 """Tokens a second of training our hybrid, beside the Hugging Face Trainer on a Qwen2 of the same size, in one run.
 
-    python benchmarks/train_throughput.py --length 2048 --sequences 4 --steps 4 --out benchmarks/results
+    python benchmarks/train_throughput.py --length 2048 --sequences 4 --steps 5 --rounds 1
+    python benchmarks/train_throughput.py --length 16384 --sequences 2 --steps 4 --peer-steps 2
 
-Two processes of one thread each, fp32, the same random tokens a step; medians of the steps after the first.
+Two processes of one thread each, fp32, the same random tokens a step. Both trainers run one after the other, as often
+as there are rounds; figures are medians of the steps after each run's first. Ours writes a checkpoint beside every
+other step: what those steps take longer is the stall. The load of the machine before each run is recorded.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +35,8 @@ SIZES = {
 }
 WINDOW = 512
 PROCESSES = 2
+CHECKPOINT_EVERY = 2
+PEER = "peer.json"
 
 
 def write_inputs(work: Path, length: int, sequences: int, steps: int) -> None:
@@ -51,12 +57,13 @@ def write_inputs(work: Path, length: int, sequences: int, steps: int) -> None:
     write_json(work / "ours.json", {**ours, "qkv_bias": True})
 
 
-def run_ours(work: Path, length: int, sequences: int, steps: int) -> list[dict[str, Any]]:
-    """Rows of our trainer's metrics; a checkpoint is written once on the way."""
+def run_ours(work: Path, length: int, sequences: int, steps: int) -> list[float]:
+    """Seconds of each step of our trainer."""
     import yaml
 
+    run = Path(tempfile.mkdtemp(dir=work)) / "run"
     config = {
-        "out": str(work / "run"),
+        "out": str(run),
         "stage": "pretrain",
         "model": {"init_from": str(work / "ours.json")},
         "data": {"path": str(work / "data"), "sequence_length": length},
@@ -64,11 +71,19 @@ def run_ours(work: Path, length: int, sequences: int, steps: int) -> list[dict[s
         "optim": {"lr": 1e-3},
         "steps": steps,
         "parallel": {"processes": PROCESSES, "zero": 1},
-        "checkpoint": {"every": max(2, steps - 1), "keep": 1},
+        "checkpoint": {"every": CHECKPOINT_EVERY, "keep": 1},
     }
     (work / "run.yaml").write_text(yaml.safe_dump(config))
     subprocess.run([Path(sys.executable).parent / "spikingbrain", "train", work / "run.yaml"], check=True)
-    return [json.loads(row) for row in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(row)["seconds"] for row in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_peer(work: Path, length: int, sequences: int, steps: int) -> list[float]:
+    """Seconds of each step of the Hugging Face Trainer."""
+    script = [__file__, "--peer", work, "--length", length, "--sequences", sequences, "--steps", steps]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES]
+    subprocess.run([str(part) for part in (*launcher, *script)], check=True)
+    return json.loads((work / PEER).read_text())["seconds"]
 
 
 def peer(work: Path, length: int, sequences: int, steps: int) -> None:
@@ -106,7 +121,7 @@ def peer(work: Path, length: int, sequences: int, steps: int) -> None:
     if settings.process_index == 0:
         seconds = np.diff(clock.ends).tolist()
         count = sum(parameter.numel() for parameter in model.parameters())
-        (work / "peer.json").write_text(json.dumps({"seconds": seconds, "parameters": count}))
+        (work / PEER).write_text(json.dumps({"seconds": seconds, "parameters": count}))
 
 
 def loader_seconds(work: Path, length: int, sequences: int) -> float:
@@ -120,27 +135,41 @@ def loader_seconds(work: Path, length: int, sequences: int) -> float:
     return time.perf_counter() - begin
 
 
-def compare(length: int, sequences: int, steps: int, work: Path) -> dict[str, Any]:
-    """Both runs, one after the other."""
-    write_inputs(work, length, sequences, steps)
-    rows = run_ours(work, length, sequences, steps)
-    script = [__file__, "--peer", work, "--length", length, "--sequences", sequences, "--steps", steps]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES]
-    subprocess.run([str(part) for part in (*launcher, *script)], check=True)
-    theirs = json.loads((work / "peer.json").read_text())
+def alternate(work: Path, length: int, sequences: int, steps: int, peer_steps: int, rounds: int) -> dict[str, Any]:
+    """Seconds of each step of both trainers, run by run, and the machine's load before each run."""
+    seconds: dict[str, Any] = {"ours_seconds": [], "peer_seconds": [], "ours_load": [], "peer_load": []}
+    for _ in range(rounds):
+        for name, run, count in (("ours", run_ours, steps), ("peer", run_peer, peer_steps)):
+            seconds[f"{name}_load"].append(round(os.getloadavg()[0], 2))
+            seconds[f"{name}_seconds"].append([round(one, 4) for one in run(work, length, sequences, count)])
+    return seconds
+
+
+def stall(runs: list[list[float]]) -> float:
+    """What a checkpoint adds to the step beside which it is copied and written, as a share of a step without one."""
+    beside = [one for run in runs for one in run[CHECKPOINT_EVERY::CHECKPOINT_EVERY]]
+    alone = [one for run in runs for number, one in enumerate(run) if number % CHECKPOINT_EVERY and number]
+    return statistics.median(beside) / statistics.median(alone) - 1
+
+
+def compare(work: Path, length: int, sequences: int, steps: int, peer_steps: int, rounds: int) -> dict[str, Any]:
+    """Both trainers in turn, and what follows."""
+    write_inputs(work, length, sequences, max(steps, peer_steps))
+    seconds = alternate(work, length, sequences, steps, peer_steps, rounds)
+    ours, theirs = (
+        statistics.median([one for run in seconds[f"{name}_seconds"] for one in run[1:]]) for name in ("ours", "peer")
+    )
     tokens = length * sequences
-    ours_seconds = statistics.median(row["seconds"] for row in rows[1:])
-    peer_seconds = statistics.median(theirs["seconds"][1:])
     return {
         "length": length,
         "tokens_per_step": tokens,
-        "ours_tokens_per_second": round(tokens / ours_seconds, 1),
-        "hf_trainer_qwen2_tokens_per_second": round(tokens / peer_seconds, 1),
-        "ratio": round(peer_seconds / ours_seconds, 3),
-        "ours_seconds": [row["seconds"] for row in rows],
-        "peer_seconds": [round(second, 4) for second in theirs["seconds"]],
-        "peer_parameters": theirs["parameters"],
-        "loader_share": round(loader_seconds(work, length, sequences) / ours_seconds, 5),
+        "ours_tokens_per_second": round(tokens / ours, 1),
+        "hf_trainer_qwen2_tokens_per_second": round(tokens / theirs, 1),
+        "ratio": round(theirs / ours, 3),
+        "checkpoint_stall": round(stall(seconds["ours_seconds"]), 4),
+        "loader_share": round(loader_seconds(work, length, sequences) / ours, 5),
+        **seconds,
+        "peer_parameters": json.loads((work / PEER).read_text())["parameters"],
     }
 
 
@@ -148,7 +177,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sequences", type=int, default=4, help="a step, over both processes")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5, help="of a run; at least 3")
+    parser.add_argument("--peer-steps", type=int, help="of a run of the peer; at least 2, by default as many")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -156,9 +187,11 @@ if __name__ == "__main__":
     if arguments.peer:
         peer(arguments.peer, *figures)
         sys.exit()
+    figures = (*figures, arguments.peer_steps or arguments.steps, arguments.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(*figures, Path(folder))
-    found["command"] = "python benchmarks/train_throughput.py --length {} --sequences {} --steps {}".format(*figures)
+        found = compare(Path(folder), *figures)
+    options = "--length {} --sequences {} --steps {} --peer-steps {} --rounds {}".format(*figures)
+    found["command"] = f"python benchmarks/train_throughput.py {options}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"train-throughput-{arguments.length}.json").write_text(json.dumps(found, indent=2) + "\n")
     sys.stdout.write(json.dumps(found, indent=2) + "\n")

@@ -3,69 +3,20 @@
 // Keys are taken in blocks of 64 positions counted from position 0, in order, with a running maximum and sum (online
 // softmax, arXiv 1805.02867; tiles as in FlashAttention, arXiv 2205.14135). The blocks of a query do not depend on where
 // its chunk began, nor on threads, so prefill in any chunks and decoding give the same bits.
-#include "tile.h"
+#include <math.h>
+
+#include "attention.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 64;       // keys
 constexpr int64_t TILE_ROWS = 96;   // queries times heads of a group
 constexpr int64_t ALONE = 1 << 14;  // elements of keys for which it is not worth waking other threads
 constexpr float NOTHING = -1e30f;   // the running maximum before the first key
-
-struct Tensor {
-    const void* data;
-    int64_t type, stride;  // elements from token to token
-};
-
-struct Attention {
-    Tensor q, k, v;
-    const int64_t *tokens, *starts, *first, *slots;  // first: position of each document's first new token
-    void* pool;                                      // [slots, capacity, 2, groups, width], or null: no ring
-    int64_t pool_type, capacity;
-    void* out;
-    float scale;
-    const float* sinks;  // [num_sinks, 2, groups, width]: keys and values that every query sees first, or null
-    int64_t num_sinks, heads, groups, width, window;
-};
-
-int64_t padded(int64_t n) { return (n + 2 * W - 1) / (2 * W) * 2 * W; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The oldest position a query at `position` sees.
 int64_t oldest(const Attention& a, int64_t position) {
     return position >= a.window ? position - a.window + 1 : 0;
 }
-
-struct Document {
-    const Attention& a;
-    int64_t number, slot, begin, length, first;
-
-    Document(const Attention& attention, int64_t index)
-        : a(attention), number(index), slot(a.slots ? a.slots[index] : index), begin(a.starts[index]),
-          length(a.starts[index + 1] - begin), first(a.first[index]) {}
-
-    int64_t token(int64_t position) const {
-        const int64_t n = begin + position - first;
-        return a.tokens ? a.tokens[n] : n;
-    }
-    // The oldest position that can be read.
-    int64_t start() const { return a.pool ? larger(0, first - a.capacity) : first; }
-    void* ring(int64_t position, int64_t part, int64_t group) const {
-        const int64_t place = slot * a.capacity + position % a.capacity;
-        return at(a.pool, a.pool_type, ((place * 2 + part) * a.groups + group) * a.width);
-    }
-    // The key (part 0) or value (part 1) of a position in fp32.
-    void read(int64_t position, int64_t part, int64_t group, float* row) const {
-        const Tensor& x = part ? a.v : a.k;
-        if (position >= first)
-            widen_row(at(x.data, x.type, token(position) * x.stride + group * a.width), x.type, a.width, row);
-        else if (slot >= 0)
-            widen_row(ring(position, part, group), a.pool_type, a.width, row);
-        else  // padding remembers zeros
-            memset(row, 0, a.width * sizeof(float));
-    }
-};
 
 // Keys `[width][64]` and values `[64][width]` of a block's places `low..high` as tiles, read by `read(place, part, row)`;
 // other places are zeros.
@@ -85,23 +36,25 @@ void read_block(const Attention& a, int64_t low, int64_t high, float* keys, floa
     }
 }
 
-// The places of a block that a query sees: `from .. to`.
-struct Span {
-    int64_t from, to;
-    bool whole() const { return from == 0 && to == BLOCK; }
-};
-
 // Scores of one row become weights relative to the new maximum; gives what the old sums must be multiplied by.
 float soften(float* scores, const Span& seen, float* maximum, float* total) {
-    float top = *maximum;
-    for (int64_t j = seen.from; j < seen.to; j++) top = scores[j] > top || scores[j] != scores[j] ? scores[j] : top;
-    vf sums = {};
     const vi lane = load_int((const int32_t[]){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
-    for (int64_t j = 0; j < BLOCK; j += W) {
-        vi place = lane + (int32_t)j;
-        vi visible = (place >= splat_int((int32_t)seen.from)) & (place < splat_int((int32_t)seen.to));
+    const auto visible = [&](int64_t j) {
+        const vi place = lane + (int32_t)j;
+        return (place >= splat_int((int32_t)seen.from)) & (place < splat_int((int32_t)seen.to));
+    };
+    const int64_t first = larger(seen.from, 0) / W * W;
+    vf tops = splat(*maximum);
+    for (int64_t j = first; j < seen.to; j += W) {
+        const vf score = load(scores + j);
+        tops = visible(j) & ((score > tops) | (score != score)) ? score : tops;
+    }
+    float top = tops[0];
+    for (int i = 1; i < W; i++) top = tops[i] > top || tops[i] != tops[i] ? tops[i] : top;
+    vf sums = {};
+    for (int64_t j = first; j < seen.to; j += W) {
         vf weight = exponential(load(scores + j) - splat(top));
-        weight = visible ? weight : vf{};
+        weight = visible(j) ? weight : vf{};
         store(scores + j, weight);
         sums += weight;
     }
@@ -139,6 +92,8 @@ void end_queries(const Document& d, int64_t group, int64_t from, int64_t to, con
         const int64_t head = group * per_group + row % per_group;
         void* out = at(a.out, a.q.type, (d.token(from + row / per_group) * a.heads + head) * a.width);
         const float* sums = s.sums.data + row * padded(a.width);
+        if (a.kept)
+            a.kept[d.token(from + row / per_group) * a.heads + head] = s.maximum.data[row] + logf(s.total.data[row]);
         for (int64_t i = 0; i < a.width; i++) {
             const float x = sums[i] / s.total.data[row];
             if (a.q.type == F32)
@@ -149,18 +104,27 @@ void end_queries(const Document& d, int64_t group, int64_t from, int64_t to, con
     }
 }
 
-// sums += weights * values. What a query does not see is not multiplied, as zero times infinity is not zero.
+// sums += weights * values for `rows` rows and the places of a block that all of them see.
+void add_values(const Attention& a, int64_t row, int64_t rows, const Span& seen, Scratch& s) {
+    const int64_t wide = padded(a.width);
+    for (int64_t i = 0; i < wide && seen.from < seen.to; i += 2 * W)
+        tiles_float(rows, s.values.data + i * BLOCK + seen.from * 2 * W, s.scores.data + row * BLOCK + seen.from, BLOCK,
+                    seen.to - seen.from, s.sums.data + row * wide + i, wide);
+}
+
+// The same for all rows of the queries at `from .. to`, several at once. What a query does not see is not multiplied, as
+// zero times infinity is not zero: the first and last places that some of them see are taken one query at a time.
 template <class Seen>
 void add_values(const Attention& a, int64_t from, int64_t to, Scratch& s, Seen seen) {
-    const int64_t per_group = a.heads / a.groups, wide = padded(a.width);
-    const int64_t step = seen(from).whole() && seen(to - 1).whole() ? to - from : 1;
-    for (int64_t position = from; position < to; position += step) {
-        const Span span = seen(position);
-        const int64_t row = (position - from) * per_group;
-        for (int64_t i = 0; i < wide && span.from < span.to; i += 2 * W)
-            tiles_float(step * per_group, s.values.data + i * BLOCK + span.from * 2 * W,
-                        s.scores.data + row * BLOCK + span.from, BLOCK, span.to - span.from,
-                        s.sums.data + row * wide + i, wide);
+    const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group;
+    for (int64_t row = 0; row < rows; row += R) {
+        const int64_t count = smaller(R, rows - row);
+        const auto span = [&](int64_t n) { return seen(from + (row + n) / per_group); };
+        // Spans only move forward from one query to the next.
+        const int64_t low = span(count - 1).from, high = larger(low, span(0).to);
+        for (int64_t n = 0; n < count; n++) add_values(a, row + n, 1, {span(n).from, smaller(low, span(n).to)}, s);
+        add_values(a, row, count, {low, high}, s);
+        for (int64_t n = 0; n < count; n++) add_values(a, row + n, 1, {larger(high, span(n).from), span(n).to}, s);
     }
 }
 

@@ -29,6 +29,9 @@ vf nearest_even(vf x) {
     return absolute(x) < splat(4194304.0f) ? rounded : x;
 }
 
+// 1 + e^-x. Past what `exponential` can give, infinite, so that -inf gives NaN as it does elsewhere.
+vf one_and_power(vf x) { return splat(1.0f) + (x < splat(-88.0f) ? splat(INFINITY) : exponential(-x)); }
+
 }  // namespace
 
 // x, out [rows, n]; out = x / rms(x) * weight, rms over the n values, in fp32.
@@ -70,12 +73,30 @@ EXPORT(swiglu)(const void* gate, const void* up, int64_t type, int64_t rows, int
         widen_row(at(gate, type, row * stride), type, n, a.data);
         widen_row(at(up, type, row * stride), type, n, b.data);
         for (int64_t i = 0; i < n; i += W) {
-            vf x = load(a.data + i);
-            // Past what `exponential` can give, infinite, so that -inf gives NaN as it does elsewhere.
-            vf e = x < splat(-88.0f) ? splat(INFINITY) : exponential(-x);
-            store(a.data + i, x / (splat(1.0f) + e) * load(b.data + i));
+            const vf x = load(a.data + i);
+            store(a.data + i, x / one_and_power(x) * load(b.data + i));
         }
         narrow_row(a.data, n, at(out, type, row * n), type);
+    }
+}
+
+// Gradients [rows, n] of gate and up from `change`, that of silu(gate) * up.
+EXPORT(swiglu_backward)(const void* gate, const void* up, int64_t type, int64_t rows, int64_t n, int64_t stride,
+                        const void* change, void* to_gate, void* to_up, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 16)
+    for (int64_t row = 0; row < rows; row++) {
+        Buffer<float> a(n + W), b(n + W), c(n + W);
+        widen_row(at(gate, type, row * stride), type, n, a.data);
+        widen_row(at(up, type, row * stride), type, n, b.data);
+        widen_row(at(change, type, row * n), type, n, c.data);
+        for (int64_t i = 0; i < n; i += W) {
+            const vf x = load(a.data + i), y = load(b.data + i), d = load(c.data + i);
+            const vf sigmoid = splat(1.0f) / one_and_power(x);
+            store(a.data + i, d * y * sigmoid * (splat(1.0f) + x * (splat(1.0f) - sigmoid)));
+            store(b.data + i, d * x * sigmoid);
+        }
+        narrow_row(a.data, n, at(to_gate, type, row * n), type);
+        narrow_row(b.data, n, at(to_up, type, row * n), type);
     }
 }
 

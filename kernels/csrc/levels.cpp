@@ -1,5 +1,8 @@
-// Which of the compiled levels this processor can run.
+// What is asked of the library before anything else: its version, and which of the compiled levels this processor runs.
 #define EXPORT_INT extern "C" __attribute__((visibility("default"))) int
+
+// What the functions take and mean; `VERSION` in library.py.
+EXPORT_INT sb_version() { return 3; }
 
 EXPORT_INT sb_has_baseline() { return 1; }
 

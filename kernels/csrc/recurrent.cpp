@@ -1,4 +1,5 @@
-// Gated linear attention as a recurrence over tokens: S = diag(exp g) S + k^T v, o = scale * q S.
+// Gated linear attention as a recurrence over tokens: S = diag(exp g) S + k^T v, o = scale * q S; and the gated delta
+// rule, where beta (v - k diag(exp g) S) takes the place of v.
 //
 // One pass over the state a token whatever its length, so prefill in any chunks and decoding give the same bits. Query
 // heads that share k, v and decay share the state. A task is one document, one state and a slice of its columns.
@@ -24,6 +25,7 @@ struct Recurrence {
     float scale;
     int64_t heads, groups, key, value, decay_width;
     float* kept;  // [starts[documents] / CHUNK + documents, groups, key, value]: the state before each chunk, or null
+    Tensor beta;  // one number a group: the delta rule; no data: not
 };
 
 const void* place(const Tensor& x, int64_t token, int64_t element) {
@@ -86,6 +88,16 @@ void copy_rows(const float* x, int64_t from, int64_t rows, int64_t width, float*
     for (int64_t i = 0; i < rows; i++) memcpy(out + i * to, x + i * from, width * sizeof(float));
 }
 
+// v becomes what the delta rule adds to the state: beta (v - k diag(decay) S).
+void error_of(const float* state, const float* decay, const float* k, float beta, int64_t key, float* v) {
+    vf seen[SLICE / W] = {};
+    for (int64_t i = 0; i < key; i++)
+#pragma GCC unroll 8
+        for (int c = 0; c < SLICE / W; c++)
+            seen[c] = fma(splat(k[i]), splat(decay[i]) * load(state + i * SLICE + c * W), seen[c]);
+    for (int c = 0; c < SLICE / W; c++) store(v + c * W, splat(beta) * (load(v + c * W) - seen[c]));
+}
+
 void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first, int64_t width, float* state,
                float* row, int64_t stride) {
     const int64_t per_group = r.heads / r.groups;
@@ -93,6 +105,11 @@ void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first,
     read_decay(r, token, group, decay);
     widen_row(place(r.k, token, group * r.key), r.k.type, r.key, k);
     widen_row(place(r.v, token, group * r.value + first), r.v.type, width, v);
+    if (r.beta.data) {
+        alignas(64) float beta[W];
+        widen_row(place(r.beta, token, group), r.beta.type, 1, beta);
+        error_of(state, decay, k, beta[0], r.key, v);
+    }
     for (int64_t h = 0; h < per_group; h++)
         widen_row(place(r.q, token, (group * per_group + h) * r.key), r.q.type, r.key, q + h * stride);
     for (int64_t c = 0; c < width; c += W)
@@ -110,6 +127,7 @@ void one_slice(const Recurrence& r, int64_t document, int64_t group, int64_t fir
     const int64_t stride = (r.key > SLICE ? r.key : SLICE) + W;
     Buffer<float> state(r.key * SLICE), row((3 + r.heads / r.groups) * stride);
     memset(state.data, 0, r.key * SLICE * sizeof(float));
+    memset(row.data, 0, 3 * stride * sizeof(float));
     const int64_t slot = r.slots ? r.slots[document] : document;
     float* home = r.pool + (slot * r.groups + group) * r.key * r.value + first;
     if (slot >= 0) copy_rows(home, r.value, r.key, width, state.data, SLICE);

@@ -32,7 +32,8 @@ struct bf16 {
     uint16_t bits;
 };
 
-static inline vf splat(float x) { return vf{} + x; }
+// Minus zero changes no value, so that no instruction is left of it; adding zero would turn -0 to 0.
+static inline vf splat(float x) { return x - vf{}; }
 static inline vi splat_int(int32_t x) { return vi{} + x; }
 
 static inline vf load(const float* p) {

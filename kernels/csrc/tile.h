@@ -4,19 +4,21 @@
 
 #define R 6  // rows of a tile; its width is 2W outputs
 
-// A tile of M rows and 2W outputs: total += x W over `depth` inputs, or, with a scale, total += scale * (x W).
+// A tile of M rows and 2W outputs: total += x W over `depth` inputs, or, with a scale, total += scale * (x W). Input k of
+// row m lies at x[m * row + k * step], its weights at w + k * next.
 template <int M>
-static void tile_float(const float* tile, const float* x, int64_t in, int64_t depth, const float* scale, float* total,
-                int64_t stride) {
+static inline __attribute__((always_inline)) void tile_of(const float* w, int64_t next, const float* x, int64_t row,
+                                                          int64_t step, int64_t depth, const float* scale, float* total,
+                                                          int64_t stride) {
     vf a[M][2];
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
         for (int i = 0; i < 2; i++) a[m][i] = scale ? vf{} : load(total + m * stride + i * W);
     for (int64_t k = 0; k < depth; k++) {
-        vf b0 = load(tile + k * 2 * W), b1 = load(tile + k * 2 * W + W);
+        vf b0 = load(w + k * next), b1 = load(w + k * next + W);
 #pragma GCC unroll 6
         for (int m = 0; m < M; m++) {
-            vf c = splat(x[m * in + k]);
+            vf c = splat(x[m * row + k * step]);
             a[m][0] = fma(b0, c, a[m][0]);
             a[m][1] = fma(b1, c, a[m][1]);
         }
@@ -29,16 +31,29 @@ static void tile_float(const float* tile, const float* x, int64_t in, int64_t de
         }
 }
 
-// The same for `rows` rows.
+// The same for inputs and weights without gaps.
+template <int M>
+static void tile_float(const float* tile, const float* x, int64_t in, int64_t depth, const float* scale, float* total,
+                       int64_t stride) {
+    tile_of<M>(tile, 2 * W, x, in, 1, depth, scale, total, stride);
+}
+
+// total += x W for `rows` rows.
+static inline void tiles_of(int64_t rows, const float* w, int64_t next, const float* x, int64_t row, int64_t step,
+                            int64_t depth, float* total, int64_t stride) {
+    for (; rows >= R; rows -= R, x += R * row, total += R * stride)
+        tile_of<R>(w, next, x, row, step, depth, nullptr, total, stride);
+    switch (rows) {
+        case 1: return tile_of<1>(w, next, x, row, step, depth, nullptr, total, stride);
+        case 2: return tile_of<2>(w, next, x, row, step, depth, nullptr, total, stride);
+        case 3: return tile_of<3>(w, next, x, row, step, depth, nullptr, total, stride);
+        case 4: return tile_of<4>(w, next, x, row, step, depth, nullptr, total, stride);
+        case 5: return tile_of<5>(w, next, x, row, step, depth, nullptr, total, stride);
+    }
+}
+
+// The same for inputs and weights without gaps.
 static inline void tiles_float(int64_t rows, const float* tile, const float* x, int64_t in, int64_t depth, float* total,
                                int64_t stride) {
-    for (; rows >= R; rows -= R, x += R * in, total += R * stride)
-        tile_float<R>(tile, x, in, depth, nullptr, total, stride);
-    switch (rows) {
-        case 1: return tile_float<1>(tile, x, in, depth, nullptr, total, stride);
-        case 2: return tile_float<2>(tile, x, in, depth, nullptr, total, stride);
-        case 3: return tile_float<3>(tile, x, in, depth, nullptr, total, stride);
-        case 4: return tile_float<4>(tile, x, in, depth, nullptr, total, stride);
-        case 5: return tile_float<5>(tile, x, in, depth, nullptr, total, stride);
-    }
+    tiles_of(rows, tile, 2 * W, x, in, 1, depth, total, stride);
 }

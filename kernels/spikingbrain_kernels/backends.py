@@ -62,21 +62,20 @@ OTHER_OPS = (
     *("swiglu", "log_sigmoid", "rotary"),
 )
 OPS = (*RECURRENT_OPS, *OTHER_OPS)
-NATIVE_OPS = ("gated_linear", "window_attention", *OTHER_OPS)
 FLA_OPS = ("gated_linear", "gated_delta")
 ANY_DEVICE = ("cpu", "cuda", "meta")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NATIVE_FORWARD_ONLY = tuple(op for op in NATIVE_OPS if op != "gated_linear")
+NATIVE_LEARNS = ("gated_linear", "window_attention", "swiglu", "rotary")
 
 # In order of preference.
 BACKENDS = (
     Backend(
         "native",
         ("cpu",),
-        NATIVE_OPS,
+        OPS,
         dtypes=NATIVE_DTYPES,
-        forward_only=NATIVE_FORWARD_ONLY,
+        forward_only=tuple(op for op in OPS if op not in NATIVE_LEARNS),
         in_place=True,
         library="library",
     ),

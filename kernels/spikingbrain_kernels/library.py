@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .backends import BackendError
 
+# What the functions below take and mean: raised, here and in `csrc/levels.cpp`, with every change of it.
+VERSION = 3
 FILE = Path(__file__).with_name("libnative.so")
 LEVELS = ("avx512", "avx2", "baseline")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int16: 2}
@@ -27,19 +29,35 @@ SIGNATURES = {
     "gated_linear": [c_void_p, c_int64, c_int64],
     "gated_linear_backward": [c_void_p, c_void_p, c_int64, c_int64],
     "window_attention": [c_void_p, c_int64, c_int64],
+    "window_attention_backward": [c_void_p, c_void_p, c_int64, c_int64],
+    "wkv": [*[c_void_p] * 4, c_int64, c_int64],
+    "lif_scan": [c_void_p, *[c_float] * 3, *[c_int64] * 4],
+    "short_conv": [c_void_p, c_void_p, *[c_int64] * 3],
     "rms_norm": [c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int64],
     "encode_adaptive": [c_void_p, c_int64, *[c_float] * 3, c_int64, c_int64, c_void_p, c_void_p, c_int64],
     "log_sigmoid": [c_void_p, c_int64, c_float, *[c_int64] * 3, c_void_p, c_int64],
     "rotary": [c_void_p, c_int64, c_void_p, c_void_p, c_float, *[c_int64] * 4, c_void_p, c_int64],
     "swiglu": [c_void_p, c_void_p, *[c_int64] * 4, c_void_p, c_int64],
+    "swiglu_backward": [c_void_p, c_void_p, *[c_int64] * 4, *[c_void_p] * 3, c_int64],
 }
 
 
 def missing() -> str | None:
     """Why the library cannot be used, or None if it can."""
-    if FILE.exists():
+    if not FILE.exists():
+        return "was not built: install a C++17 compiler (g++ or clang++), then install this package again"
+    found = _version(FILE)
+    if found == VERSION:
         return None
-    return "was not built: install a C++17 compiler (g++ or clang++), then install this package again"
+    return f"was built from other sources (version {found}, not {VERSION}): install this package again"
+
+
+@cache
+def _version(file: Path) -> int:
+    """The version of a library; 1 for those that do not say."""
+    # torch is loaded by now, so both use the one OpenMP runtime that torch brought.
+    function = getattr(ctypes.CDLL(str(file)), "sb_version", None)
+    return function() if function else 1
 
 
 @cache
@@ -47,7 +65,6 @@ def _load() -> ctypes.CDLL:
     reason = missing()
     if reason:
         raise BackendError(f"native {reason}")
-    # torch is loaded by now, so both use the one OpenMP runtime that torch brought.
     return ctypes.CDLL(str(FILE))
 
 
@@ -58,9 +75,14 @@ class Library:
     gated_linear: Kernel
     gated_linear_backward: Kernel
     window_attention: Kernel
+    window_attention_backward: Kernel
+    wkv: Kernel
+    lif_scan: Kernel
+    short_conv: Kernel
     rms_norm: Kernel
     encode_adaptive: Kernel
     swiglu: Kernel
+    swiglu_backward: Kernel
     log_sigmoid: Kernel
     rotary: Kernel
 

@@ -1,12 +1,14 @@
 """Where each backend is tested: GPU kernels on a GPU, or on the CPU if Triton runs them in its interpreter."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 
 import torch
 
-backends = import_module("spikingbrain_kernels.backends")
+backends, native = (import_module(f"spikingbrain_kernels.{name}") for name in ("backends", "library"))
 
 
 def _repair_bf16() -> None:
@@ -45,3 +47,15 @@ def device_of(backend: str | None) -> str:
     """The device type that tests of `backend` use."""
     on_gpu = backend in ("triton", "fla") and not INTERPRETED and torch.cuda.is_available()
     return "cuda" if on_gpu else "cpu"
+
+
+@contextmanager
+def at_level(name: str) -> Iterator[None]:
+    """Native kernels are those of one instruction set."""
+    before, native.LEVELS = native.LEVELS, (name,)
+    native.library.cache_clear()
+    try:
+        yield
+    finally:
+        native.LEVELS = before
+        native.library.cache_clear()

@@ -7,7 +7,7 @@ from test_ops import inputs, state_of
 
 from spikingbrain_kernels import Slots, gated_linear
 from spikingbrain_kernels.library import missing
-from spikingbrain_kernels.native import CHUNK
+from spikingbrain_kernels.native.recurrent import CHUNK
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
 

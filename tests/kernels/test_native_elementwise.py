@@ -3,19 +3,19 @@
 import pytest
 import torch
 from conftest import relative_rms
+from devices import at_level
 
 from spikingbrain_kernels import (
     Slots,
     encode_adaptive,
     gated_linear,
     log_sigmoid,
-    native,
     rms_norm,
     rotary,
     swiglu,
     window_attention,
 )
-from spikingbrain_kernels.library import levels, library, missing
+from spikingbrain_kernels.library import levels, missing
 
 pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=f"native {missing()}"),
@@ -24,9 +24,10 @@ pytestmark = [
 
 
 @pytest.fixture(params=levels() if missing() is None else [])
-def level(request, monkeypatch):
+def level(request):
     """Every level this processor has, in turn, as the best one."""
-    monkeypatch.setattr(native, "library", lambda: library(request.param))
+    with at_level(request.param):
+        yield
 
 
 def calls(x):
@@ -53,6 +54,25 @@ def test_elementwise_ops_equal_the_reference(dtype, name):
     out, expected = call("native"), call("reference")
     assert out.dtype == expected.dtype
     assert relative_rms(out, expected) < (3e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "swiglu of other strides", "rotary"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_equal_the_reference(dtype, name):
+    x = torch.randn(3, 5, 4, 10, dtype=dtype).requires_grad_()
+    call = calls(x)[name]
+    weight = torch.randn_like(call("reference"))
+    mine, expected = (torch.autograd.grad((call(backend) * weight).sum(), x)[0] for backend in ("native", "reference"))
+    assert mine.dtype == expected.dtype
+    assert relative_rms(mine, expected) < (3e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_gradients_of_large_gates_are_those_of_the_reference():
+    gate = torch.tensor([-200.0, -90, -1, 0, 1, 90, 200]).requires_grad_()
+    up = torch.randn(7).requires_grad_()
+    pair = [torch.autograd.grad(swiglu(gate, up, backend=name).sum(), (gate, up)) for name in ("native", "reference")]
+    for mine, expected in zip(*pair, strict=True):
+        assert torch.allclose(mine, expected, rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("name", calls(torch.zeros(3, 5, 4, 10)))

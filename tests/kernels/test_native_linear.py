@@ -5,9 +5,11 @@ import ctypes
 import pytest
 import torch
 from conftest import relative_rms
+from devices import at_level
 
-from spikingbrain_kernels import BackendError, linear, native, pack, pack_codes, spike_linear
+from spikingbrain_kernels import BackendError, linear, pack, pack_codes, spike_linear
 from spikingbrain_kernels.library import levels, library, missing
+from spikingbrain_kernels.native import products
 from spikingbrain_kernels.packed import KINDS
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
@@ -16,10 +18,10 @@ SIZES = [(1, 1), (70, 130), (600, 300), (64, 129)]
 
 
 @pytest.fixture(params=levels() if missing() is None else [])
-def level(request, monkeypatch):
+def level(request):
     """Every level this processor has, in turn, as the best one."""
-    monkeypatch.setattr(native, "library", lambda: library(request.param))
-    return request.param
+    with at_level(request.param):
+        yield
 
 
 def spikes(*shape, silent=0.7, largest=9):
@@ -57,7 +59,7 @@ def test_leaving_out_silent_channels_changes_no_bit(kind, monkeypatch):
     packed, counts, scale = pack(torch.randn(130, 500), kind), spikes(5, 500), torch.ones(5, 1)
     results = []
     for break_even in (0.0, 100.0):
-        monkeypatch.setattr(native, "BREAK_EVEN_ROWS", break_even)
+        monkeypatch.setattr(products, "BREAK_EVEN_ROWS", break_even)
         results.append(spike_linear(counts, scale, packed, backend="native"))
     assert torch.equal(*results)
     if kind != "int8":
@@ -89,12 +91,12 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(kin
         torch.set_num_threads(threads)
 
 
-def test_integer_results_are_the_same_at_every_level(monkeypatch):
+def test_integer_results_are_the_same_at_every_level():
     packed, counts, scale = pack(torch.randn(200, 300), "int8"), spikes(9, 300), torch.rand(9, 1)
     results = []
     for name in levels():
-        monkeypatch.setattr(native, "library", lambda name=name: library(name))
-        results.append(spike_linear(counts, scale, packed, backend="native"))
+        with at_level(name):
+            results.append(spike_linear(counts, scale, packed, backend="native"))
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -27,7 +27,7 @@ def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with TemporaryDirectory() as folder:
-        place = (Path(folder), _free_port())
+        place = (Path(folder), free_port())
         ranks = [context.Process(target=_rank, args=(rank, size, *place, work, args)) for rank in range(size)]
         for process in ranks:
             process.start()
@@ -45,7 +45,8 @@ def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
         return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,6 +1,8 @@
 """Everything DeepSpeed: the process group, the engine with every option written out, and access to its parts."""
 
+import ctypes
 import os
+import platform
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,8 @@ from .config import Optim, TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TIMEOUT = timedelta(minutes=30)
+# glibc's numbers for them, from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 class World(NamedTuple):
@@ -50,12 +54,24 @@ def start(out: Path, sequence: int = 1, expert: int = 1) -> World:
         torch.cuda.set_device(local)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+        _keep_memory()
     deepspeed = _import_deepspeed(out, gpu)
     deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=TIMEOUT, verbose=False)
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     rank = int(os.environ["RANK"])
     groups = (make_group(rank, size, width) if width > 1 else None for width in (sequence, expert))
     return World(rank, size, device, *groups)
+
+
+def _keep_memory() -> None:
+    """Let the C library keep what a step frees for the next step.
+
+    It would give large tensors back at once, and the kernel would map and clear them again: a tenth of a step.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(parameter, 2**31 - 1)
 
 
 def _free_port() -> int:

@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -118,11 +118,14 @@ def train_step(
     scale = _set_learning_rate(engine, config, step)
     watched = metrics is not None and step % config.watch.histograms == 0
     sums = balance.Sums.zero(engine.module)
+    runs, losses = [], []
     for batch in batches:
         batch = batch.to(world.device)
-        again = partial(forward, engine, teacher, batch, config, step)
-        (loss, pressure), record, seen = _observed(engine.module, again, watched)
-        _require_finite(loss, engine, again, step, world)
+        runs.append(partial(forward, engine, teacher, batch, config, step))
+        (loss, pressure), record, seen = _observed(engine.module, runs[-1], watched)
+        losses.append(float(loss.detach()))
+        if len(losses) == len(batches):
+            _require_finite(losses, runs, engine, step, world)
         unevenness = balance.loss(engine.module, record, batch)
         # DeepSpeed divides by the number of micro batches and of processes; the loss is divided by tokens only.
         engine.backward((loss + unevenness + pressure) * (len(batches) * world.size / targets))
@@ -164,10 +167,17 @@ def forward(
         return step_loss(engine, teacher, batch, config, step)
 
 
-def _require_finite(loss: Tensor, engine: Any, again: Callable[[], Any], step: int, world: World) -> None:
-    (bad,) = distributed.largest(world, int(not math.isfinite(float(loss.detach()))))
-    if bad:
-        found = distributed.everywhere(world, first_non_finite(engine.module, again))
+def _require_finite(
+    losses: list[float], runs: Sequence[Callable[[], Any]], engine: Any, step: int, world: World
+) -> None:
+    """Raise `NonFinite` on every process where a micro batch's loss is not finite on any.
+
+    Once a step, as all wait for the slowest; each runs the same micro batch again, which may exchange what they share.
+    """
+    bad = [not math.isfinite(loss) for loss in losses]
+    (from_last,) = distributed.largest(world, len(bad) - bad.index(True) if any(bad) else 0)
+    if from_last:
+        found = distributed.everywhere(world, first_non_finite(engine.module, runs[-from_last]))
         raise NonFinite(step, next((place for place in found if place), "in the loss"))
 
 

@@ -13,8 +13,12 @@ namespace linear_file {
 namespace recurrent_file {
 #include "../recurrent.cpp"
 }
+namespace channels_file {
+#include "../channels.cpp"
+}
 namespace attention_file {
 #include "../attention.cpp"
+#include "../attention_backward.cpp"
 }
 namespace elementwise_file {
 #include "../elementwise.cpp"
@@ -93,6 +97,42 @@ static void check_recurrent(int64_t tokens, int64_t heads, int64_t groups, int64
     recurrent_file::SYMBOL(LEVEL, gated_linear)(&r, 2, 3);
     for (float x : out) expect(x == x, "gated_linear");
     check_recurrent_backward(r, tokens);
+    Floats beta = random_floats(tokens * groups), written(out.size(), NAN);
+    r.beta = {beta.data(), F32, groups};
+    r.out = written.data();
+    recurrent_file::SYMBOL(LEVEL, gated_linear)(&r, 2, 3);
+    for (float x : written) expect(x == x, "gated_delta");
+}
+
+static void check_channels(int64_t tokens, int64_t channels, int64_t taps) {
+    Floats k = random_floats(tokens * channels), v = random_floats(tokens * channels), out(tokens * channels, NAN);
+    Floats pool = random_floats(2 * 3 * channels), inputs = random_floats(2 * (taps - 1) * channels);
+    Floats decay(channels, -1.0f), first(channels, 0.5f), weight = random_floats(channels * taps);
+    const int64_t starts[] = {0, tokens / 2, tokens}, slots[] = {1, -1};
+    channels_file::Channels c{{k.data(), F32, channels}, nullptr, starts, slots, pool.data(), F32, out.data(), channels};
+    const channels_file::Tensor values{v.data(), F32, channels};
+    channels_file::SYMBOL(LEVEL, wkv)(&c, &values, decay.data(), first.data(), 2, 3);
+    for (float x : out) expect(x == x, "wkv");
+    channels_file::SYMBOL(LEVEL, lif_scan)(&c, 2.0f, 1.0f, 0.0f, tokens % 2, 1, 2, 3);
+    for (float x : out) expect(x == 0 || x == 1, "lif_scan");
+    c.pool = inputs.data();
+    channels_file::SYMBOL(LEVEL, short_conv)(&c, weight.data(), taps, 2, 3);
+    for (float x : out) expect(x == x, "short_conv");
+}
+
+// Without rings: the sums kept on the way forward serve the way back; every gradient is written.
+static void check_attention_backward(attention_file::Attention a, int64_t tokens) {
+    Floats kept(tokens * a.heads, NAN), out = random_floats(tokens * a.heads * a.width), delta(tokens * a.heads, 0.5f);
+    Floats q(tokens * a.heads * a.width, 0.0f), k(tokens * a.groups * a.width, NAN), v(k);
+    Floats sinks(2 * a.num_sinks * 2 * a.groups * a.width, NAN);
+    a.slots = nullptr;
+    a.pool = nullptr;
+    a.kept = kept.data();
+    attention_file::SYMBOL(LEVEL, window_attention)(&a, 2, 3);
+    const attention_file::Gradients gradients{out.data(), delta.data(), q.data(), k.data(), v.data(), sinks.data()};
+    attention_file::SYMBOL(LEVEL, window_attention_backward)(&a, &gradients, 2, 3);
+    for (const Floats* found : {&kept, &q, &k, &v, &sinks})
+        for (float x : *found) expect(x == x, "window_attention_backward");
 }
 
 static void check_attention(int64_t tokens, int64_t heads, int64_t groups, int64_t width, int64_t window) {
@@ -119,9 +159,11 @@ static void check_attention(int64_t tokens, int64_t heads, int64_t groups, int64
                                 heads,
                                 groups,
                                 width,
-                                window};
+                                window,
+                                nullptr};
     attention_file::SYMBOL(LEVEL, window_attention)(&a, 2, 3);
     for (float x : out) expect(x == x, "window_attention");
+    check_attention_backward(a, tokens);
 }
 
 static void check_elementwise(int64_t rows, int64_t n) {
@@ -130,6 +172,11 @@ static void check_elementwise(int64_t rows, int64_t n) {
     SYMBOL(LEVEL, rms_norm)(x.data(), F32, weight.data(), 1e-6f, rows, n, y.data(), 2);
     SYMBOL(LEVEL, encode_adaptive)(x.data(), F32, 3.0f, 1e-5f, 1e4f, rows, n, y.data(), scale.data(), 2);
     SYMBOL(LEVEL, swiglu)(x.data(), x.data(), F32, rows, n, n, y.data(), 2);
+    Floats to_gate(rows * n, NAN), to_up(rows * n, NAN);
+    SYMBOL(LEVEL, swiglu_backward)
+    (x.data(), x.data(), F32, rows, n, n, x.data(), to_gate.data(), to_up.data(), 2);
+    for (float v : to_gate) expect(v == v, "swiglu_backward");
+    for (float v : to_up) expect(v == v, "swiglu_backward");
     SYMBOL(LEVEL, log_sigmoid)(x.data(), F32, 16.0f, rows, n, n, y.data(), 2);
     std::vector<int64_t> positions(rows, 70000);
     Floats turned(rows * (n / 2 * 2));
@@ -152,6 +199,8 @@ int main() {
         check_attention(tokens, 3, 1, 5, 1);
         check_attention(tokens, 2, 1, 200, 100);
     }
+    for (int64_t tokens : {0, 1, 9})
+        for (int64_t channels : {1, 64, 300}) check_channels(tokens, channels, 1 + tokens / 3);
     for (int64_t n : {1, 7, 64, 91}) check_elementwise(20, n);
     printf("%s: %d failures\n", __FILE__, failures);
     return failures != 0;
