@@ -10,43 +10,48 @@ from pathlib import Path
 import pytest
 
 from spikingbrain import registry
+from spikingbrain.cli import main
 from spikingbrain_kernels import backends
 
 SCRIPT = Path(sys.executable).parent / "spikingbrain"
 
 
-def run(*args, **options):
-    return subprocess.run([SCRIPT, *map(str, args)], capture_output=True, text=True, **options)
-
-
-def test_doctor_says_which_backend_serves_which_op():
-    done = run("doctor")
-    assert done.returncode == 0
+def test_doctor_says_which_backend_serves_which_op(capfd):
+    assert main(["doctor"]) == 0
+    said = capfd.readouterr().out
     names = [backend.name for backend in backends("gated_linear") if "cpu" in backend.devices]
-    assert f"gated_linear: {', '.join(names)}" in done.stdout
-    assert f"mixers: {', '.join(registry.names('mixers'))}" in done.stdout
+    assert f"gated_linear: {', '.join(names)}" in said
+    assert f"mixers: {', '.join(registry.names('mixers'))}" in said
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["convert", "nowhere", "out"],
-        ["eval", "nowhere", "--text", __file__],
-        ["spike", "nowhere", "out"],
-        ["import", "nowhere", "out"],
-        ["export", "nowhere", "out"],
-        ["serve", "nowhere"],
-        ["train", "nowhere.yaml"],
-    ],
-    ids=lambda args: args[0],
-)
-def test_bad_input_is_one_line_and_exit_code_2(args, tmp_path):
-    done = run(*args, cwd=tmp_path)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
+BAD = {
+    "convert": ["nowhere", "out"],
+    "eval": ["nowhere", "--text", __file__],
+    "spike": ["nowhere", "out"],
+    "import": ["nowhere", "out"],
+    "export": ["nowhere", "out"],
+    "serve": ["nowhere"],
+    "train": ["nowhere.yaml"],
+}
+
+
+def refuses(code: int, errors: str, directory: Path) -> None:
+    assert code == 2
+    (line,) = errors.strip().splitlines()
     assert line.startswith("error: ")
     assert "nowhere" in line
-    assert list(tmp_path.iterdir()) == []
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(command, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    refuses(main([command, *BAD[command]]), capfd.readouterr().err, tmp_path)
+
+
+def test_the_script_ends_with_the_exit_code_and_says_nothing_else(tmp_path):
+    done = subprocess.run([SCRIPT, "convert", *BAD["convert"]], capture_output=True, text=True, cwd=tmp_path)
+    refuses(done.returncode, done.stderr, tmp_path)
 
 
 def test_ctrl_c_is_exit_code_130(tmp_path):

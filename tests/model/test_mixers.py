@@ -142,12 +142,15 @@ def is_smooth(layout) -> bool:
     )
 
 
-@pytest.mark.parametrize("layout", filter(is_smooth, LAYOUTS))
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if is_smooth(layout)])
 def test_gradients_are_those_of_the_function(layout):
     model = tiny_model([layout], num_hidden_layers=1, hidden_size=8, intermediate_size=8)
     ids = tokens(1, 5)
     embeddings = model.model.embed_tokens(ids).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: model(inputs_embeds=x, use_cache=False).logits, embeddings, atol=1e-6)
+    # Random directions instead of every one: a wrong derivative changes nearly all of them.
+    assert torch.autograd.gradcheck(
+        lambda x: model(inputs_embeds=x, use_cache=False).logits, embeddings, atol=1e-6, fast_mode=True
+    )
 
 
 def test_every_parameter_gets_a_gradient(model):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from spikingbrain.cli import main
 from spikingbrain.errors import InputError
 from spikingbrain_serving.commands.serve import read_keys
 
@@ -105,19 +106,16 @@ def test_ctrl_c_aborts_what_outlasts_the_timeout_and_exits_with_130(serve, model
     assert process.stderr.read().rstrip().splitlines()[-1] == "interrupted"
 
 
-def test_a_port_in_use_is_one_line_and_exit_code_2_before_the_model_is_read(tmp_path):
+def test_a_port_in_use_is_one_line_and_exit_code_2_before_the_model_is_read(tmp_path, capfd):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        process = start(tmp_path, "--port", port)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert errors == f"error: cannot listen on 127.0.0.1:{port}: the port is in use\n"
+        assert main(["serve", str(tmp_path), "--port", str(port)]) == 2
+    assert capfd.readouterr().err == f"error: cannot listen on 127.0.0.1:{port}: the port is in use\n"
 
 
-def test_a_directory_without_a_model_is_one_line_and_exit_code_2(tmp_path):
-    process = start(tmp_path, "--port", 0)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (2, f"error: {tmp_path}/config.json does not exist\n")
+def test_a_directory_without_a_model_is_one_line_and_exit_code_2(tmp_path, capfd):
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 2
+    assert capfd.readouterr().err == f"error: {tmp_path}/config.json does not exist\n"
 
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from spikingbrain.cli import main
 from spikingbrain.errors import InputError
 from spikingbrain.files import read_json
 from spikingbrain_training.commands import data as data_command
@@ -110,11 +111,10 @@ def test_a_directory_that_holds_something_else_is_refused(make_config, tmp_path)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def test_an_unknown_key_is_exit_code_2_and_one_line(file, tmp_path):
-    args = [SCRIPT, "train", file, "optim.speed=3"]
-    done = subprocess.run(args, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_an_unknown_key_is_exit_code_2_and_one_line(file, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(file), "optim.speed=3"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert "optim.speed" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
