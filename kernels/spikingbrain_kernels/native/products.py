@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..library import TYPES, address, library
-from ..packed import KINDS, PANEL, CPacked, Packed
+from ..packed import KINDS, CPacked, Packed, panel_of
 from .calls import kernel
 
 # A row goes alone while the weights its spikes touch, summed over the rows, are fewer than this many whole matrices.
@@ -48,7 +48,7 @@ def _linear(
     counts: bool,
 ) -> Tensor:
     in_features = x.shape[-1]
-    packed = CPacked(address(weight), address(group_scale), in_features, out_features, PANEL, kind)
+    packed = CPacked(address(weight), address(group_scale), in_features, out_features, panel_of(out_features), kind)
     return _multiply(x, packed, token_scale, bias, counts, out_features)
 
 
