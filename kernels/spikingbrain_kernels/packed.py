@@ -35,7 +35,8 @@ class CPacked(ctypes.Structure):
 class Packed:
     """A weight `[out, in]` as `pack` made it.
 
-    `weight`: panels `[in, panel]` one after another, flat; the last may be narrower. `scale [ceil(in / 128), padded out]` in fp32, int8 only.
+    `weight`: panels `[in, panel]` one after another, flat; the last may be narrower. `scale [ceil(in / 128), padded
+    out]` in fp32, int8 only.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None, in_features: int, out_features: int):

@@ -1,6 +1,7 @@
 """Products with packed weights."""
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -55,10 +56,10 @@ def _linear(
 def _multiply(
     x: Tensor, packed: CPacked, token_scale: Tensor | None, bias: Tensor | None, counts: bool, out_features: int
 ) -> Tensor:
-    out = x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32 if x.dtype == torch.int16 else x.dtype)
+    shape, dtype = (*x.shape[:-1], out_features), x.dtype
+    out = x.new_empty(shape, dtype=torch.float32) if dtype == torch.int16 else x.new_empty(shape)
     library().linear(
-        *(ctypes.addressof(packed), x.data_ptr(), TYPES[x.dtype], address(token_scale), address(bias)),
-        *(out.data_ptr(), TYPES[out.dtype], out.numel() // max(1, out_features), counts),
-        *(BREAK_EVEN_ROWS, torch.get_num_threads()),
+        *(ctypes.addressof(packed), x.data_ptr(), TYPES[dtype], address(token_scale), address(bias)),
+        *(out.data_ptr(), TYPES[out.dtype], math.prod(shape[:-1]), counts, BREAK_EVEN_ROWS, torch.get_num_threads()),
     )
     return out
