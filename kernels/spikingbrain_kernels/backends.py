@@ -151,7 +151,9 @@ def _wanted(op: str, name: str | None, inputs: tuple[Tensor, ...]) -> tuple[Any,
 def resolve(op: str, name: str | None, *inputs: Tensor) -> Op:
     """The function for `op` on these inputs: the named backend's, or that of the first that can run."""
     wanted = _wanted(op, name, inputs)
-    return _FUNCTIONS[op][_name(*wanted)] if torch.compiler.is_dynamo_compiling() else _choose(wanted)[0]
+    if torch.compiler.is_dynamo_compiling():
+        return _FUNCTIONS[op][_name(*wanted)]
+    return (_CHOSEN.get(wanted) or _choose(wanted))[0]
 
 
 def works_in_place(op: str, name: str | None, *inputs: Tensor) -> bool:

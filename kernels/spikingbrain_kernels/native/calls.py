@@ -37,7 +37,7 @@ def kernel(name: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -
 
         @wraps(function)
         def run(*args: Any) -> Any:
-            return op(*args) if torch.compiler.is_compiling() else function(*args)
+            return op(*args) if torch.compiler.is_dynamo_compiling() else function(*args)
 
         return run
 

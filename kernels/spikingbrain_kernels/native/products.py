@@ -27,7 +27,7 @@ def spike_linear(counts: Tensor, scale: Tensor, packed: Packed, bias: Tensor | N
 
 def _apply(x: Tensor, packed: Packed, scale: Tensor | None, bias: Tensor | None, counts: bool) -> Tensor:
     x = x.contiguous()
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return _multiply(x, packed.struct, scale, bias, counts, packed.out_features)
     kind = KINDS.index(packed.kind)
     return _linear(x, packed.weight, packed.scale, scale, bias, packed.out_features, kind, counts)
