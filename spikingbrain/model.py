@@ -47,6 +47,7 @@ class MixerBlock(nn.Module):
         self._before = tuple(source for source in sources if source != "mixed")
         self._after = tuple(source for source in sources if source == "mixed")
         self._readers = {s: tuple(n for n, p in self.projections.items() if p.source == s) for s in sources}
+        self._encoded = frozenset(self.encoders)
         self._with_sources = tuple(name for name, mixer in modules.items() if hasattr(mixer, "sources"))
         self._with_finish = tuple(name for name, mixer in modules.items() if hasattr(mixer, "finish"))
 
@@ -89,13 +90,12 @@ class MixerBlock(nn.Module):
         """
         results: dict[str, Tensor] = {}
         after: LayerState = {}
-        encoders = self.encoders
         for source in self._after if mixed else self._before:
             x = inputs[source] if source in inputs else results[source]
             spikes = None
-            if source in encoders:
+            if source in self._encoded:
                 place = f"neurons.{source}"
-                spikes = encoders[source](x, part(state, place), **context)
+                spikes = self.encoders[source](x, part(state, place), **context)
                 after.update(owned(place, spikes.state))
             results.update(self._read(source, x, spikes))
         return results, after
