@@ -42,6 +42,14 @@ class MixerBlock(nn.Module):
             self.branch_norm = nn.ModuleDict(norm)
         self._add_projections(config)
         self.lif = LIF(config) if config.lif else None
+        # Looked up here, as a decode step has no time to.
+        sources = dict.fromkeys(projection.source for projection in self.projections.values())
+        self._before = tuple(source for source in sources if source != "mixed")
+        self._after = tuple(source for source in sources if source == "mixed")
+        self._readers = {s: tuple(n for n, p in self.projections.items() if p.source == s) for s in sources}
+        self._encoded = frozenset(self.encoders)
+        self._with_sources = tuple(name for name, mixer in modules.items() if hasattr(mixer, "sources"))
+        self._with_finish = tuple(name for name, mixer in modules.items() if hasattr(mixer, "finish"))
 
     def _add_projections(self, config: SpikingBrainConfig) -> None:
         exclude = config.spiking["exclude"] if config.spiking else []
@@ -60,7 +68,7 @@ class MixerBlock(nn.Module):
         return [linear for linear in linears.values() if isinstance(linear, SpikingLinear)]
 
     def _mixer(self, name: str) -> Any:
-        return self.get_submodule(name)
+        return self._modules[name]
 
     def state_specs(self, dtype: torch.dtype) -> list[StateSpec]:
         """The states of its mixers and of its neurons, named `mixer.state` and `neurons.source.state`."""
@@ -82,26 +90,22 @@ class MixerBlock(nn.Module):
         """
         results: dict[str, Tensor] = {}
         after: LayerState = {}
-        for source in dict.fromkeys(projection.source for projection in self.projections.values()):
-            if (source == "mixed") == mixed:
-                x = inputs[source] if source in inputs else results[source]
-                if source in self.encoders:
-                    place = f"neurons.{source}"
-                    spikes = self.encoders[source](x, part(state, place), **context)
-                    after.update(owned(place, spikes.state))
-                    results.update(self._read(source, x, spikes))
-                else:
-                    results.update(self._read(source, x, None))
+        for source in self._after if mixed else self._before:
+            x = inputs[source] if source in inputs else results[source]
+            spikes = None
+            if source in self._encoded:
+                place = f"neurons.{source}"
+                spikes = self.encoders[source](x, part(state, place), **context)
+                after.update(owned(place, spikes.state))
+            results.update(self._read(source, x, spikes))
         return results, after
 
     def _read(self, source: str, x: Tensor, spikes: Spikes | None) -> dict[str, Tensor]:
         """All projections that read `x`, or its spikes."""
-        results: dict[str, Tensor] = {}
-        if source in self.packed:
-            packed: Any = self.packed[source]
-            results = packed.by_name(x if spikes is None else spikes)
-        for name, projection in self.projections.items():
-            if projection.source == source and name not in results:
+        packed: Any = self.packed
+        results: dict[str, Tensor] = packed[source].by_name(x if spikes is None else spikes) if source in packed else {}
+        for name in self._readers[source]:
+            if name not in results:
                 linear = self.get_submodule(name)
                 results[name] = linear(spikes if isinstance(linear, SpikingLinear) else x)
         return results
@@ -120,9 +124,8 @@ class MixerBlock(nn.Module):
         context = {"positions": positions, **documents}
         mixers = {name: self._mixer(name) for name in self.names}
         inputs = {"hidden": hidden}
-        for name, mixer in mixers.items():
-            if hasattr(mixer, "sources"):
-                inputs |= apply(name, mixer.sources, hidden, **documents)
+        for name in self._with_sources:
+            inputs |= apply(name, mixers[name].sources, hidden, **documents)
         p, fired = self._project(inputs, state, context, mixed=False)
         after.update(fired)
         p |= inputs
@@ -130,9 +133,8 @@ class MixerBlock(nn.Module):
         back, fired = self._project({"mixed": mixed}, state, context, mixed=True)
         after.update(fired)
         out = next(iter(back.values()), mixed)
-        for mixer in mixers.values():
-            if hasattr(mixer, "finish"):
-                out = mixer.finish(p, out)
+        for name in self._with_finish:
+            out = mixers[name].finish(p, out)
         if self.lif is not None:
             out = apply("lif", self.lif, out, **documents)
         return out, after

@@ -25,7 +25,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linears: dict[str, Any], kind: str):
         super().__init__()
-        self.sizes = {name: module.out_features for name, module in linears.items()}
+        self.names = tuple(linears)
+        self.sizes = [module.out_features for module in linears.values()]
         self.packed = _pack(list(linears.values()), kind)
         biases = [_bias(module) for module in linears.values()]
         has_bias = any(module.bias is not None for module in linears.values())
@@ -40,7 +41,9 @@ class PackedLinear(nn.Module):
 
     def by_name(self, x: Tensor | Spikes) -> dict[str, Tensor]:
         """Each projection's part of the output."""
-        return dict(zip(self.sizes, self(x).split(list(self.sizes.values()), dim=-1), strict=True))
+        out = self.forward(x)
+        parts = torch.split_with_sizes(out, self.sizes, -1) if len(self.sizes) > 1 else (out,)
+        return dict(zip(self.names, parts, strict=True))
 
 
 class PackedNorm(nn.Module):

@@ -16,13 +16,15 @@ class Rotary:
 
     def __init__(self, config: SpikingBrainConfig):
         self.config = config
+        self.rope = dict(config.rope_parameters)
+        self.head_dim = config.head_dim
 
     def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
         """Angles a position `[head_dim / 2]` and the factor on the result."""
-        rope = self.config.rope_parameters
+        rope = self.rope
         if rope["rope_type"] != "default":
             return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, device)
-        return _default_frequencies(self.config.head_dim, rope["rope_theta"], device), 1.0
+        return _default_frequencies(self.head_dim, rope["rope_theta"], device), 1.0
 
     def __call__(self, positions: Tensor, *inputs: Tensor) -> list[Tensor]:
         """Rotate each of `inputs [B, T, H, D]` to its `positions [B, T]`."""

@@ -36,7 +36,8 @@ class StateSpec:
 
 def part(state: LayerState, owner: str) -> LayerState:
     """What `owner` remembers: the entries `owner.name`, as `name`."""
-    return {key.removeprefix(f"{owner}."): value for key, value in state.items() if key.startswith(f"{owner}.")}
+    prefix = f"{owner}."
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)} if state else {}
 
 
 def owned(owner: str, state: LayerState) -> LayerState:

@@ -18,21 +18,39 @@ int64_t oldest(const Attention& a, int64_t position) {
     return position >= a.window ? position - a.window + 1 : 0;
 }
 
+// W rows of `width` floats, one after another, as columns of a tile of keys.
+void put_keys(const float* rows, int64_t width, float* tile) {
+    const int64_t wide = padded(width);
+    for (int64_t i = 0; i < width; i += W) {
+        vf block[W];
+        for (int64_t j = 0; j < W; j++) block[j] = load(rows + j * wide + i);
+        transpose(block);
+        for (int64_t j = 0; j < smaller(W, width - i); j++) store(tile + (i + j) * 2 * W, block[j]);
+    }
+}
+
 // Keys `[width][64]` and values `[64][width]` of a block's places `low..high` as tiles, read by `read(place, part, row)`;
-// other places are zeros.
+// other places are zeros. `rows [W, padded width]` is room to read to.
 template <class Read>
-void read_block(const Attention& a, int64_t low, int64_t high, float* keys, float* values, float* row, Read read) {
+void read_block(const Attention& a, int64_t low, int64_t high, float* keys, float* values, float* rows, Read read) {
     const int64_t width = a.width, wide = padded(width);
-    memset(keys, 0, width * BLOCK * sizeof(float));
-    memset(values, 0, wide * BLOCK * sizeof(float));
-    for (int64_t j = low; j < high; j++) {
-        read(j, 0, row);
-        float* column = keys + j / (2 * W) * width * 2 * W + j % (2 * W);
-        for (int64_t i = 0; i < width; i++) column[i * 2 * W] = row[i];
-        memset(row, 0, wide * sizeof(float));
-        read(j, 1, row);
+    memset(rows, 0, W * wide * sizeof(float));
+    for (int64_t first = 0; first < BLOCK; first += W) {
+        for (int64_t j = 0; j < W; j++)
+            if (low <= first + j && first + j < high)
+                read(first + j, 0, rows + j * wide);
+            else
+                memset(rows + j * wide, 0, wide * sizeof(float));
+        put_keys(rows, width, keys + first / (2 * W) * width * 2 * W + first % (2 * W));
+    }
+    memset(rows, 0, wide * sizeof(float));
+    for (int64_t j = 0; j < BLOCK; j++) {
+        if (low <= j && j < high)
+            read(j, 1, rows);
+        else
+            memset(rows, 0, wide * sizeof(float));
         for (int64_t i = 0; i < wide; i += W)
-            store(values + (i / (2 * W) * BLOCK + j) * 2 * W + i % (2 * W), load(row + i));
+            store(values + (i / (2 * W) * BLOCK + j) * 2 * W + i % (2 * W), load(rows + i));
     }
 }
 
@@ -65,10 +83,10 @@ float soften(float* scores, const Span& seen, float* maximum, float* total) {
 }
 
 struct Scratch {
-    Buffer<float> queries, scores, sums, keys, values, row, maximum, total;
+    Buffer<float> queries, scores, sums, keys, values, rows, maximum, total;
     explicit Scratch(const Attention& a, int64_t rows)
         : queries(rows * a.width + W), scores(rows * BLOCK), sums(rows * padded(a.width)), keys(a.width * BLOCK),
-          values(padded(a.width) * BLOCK), row(padded(a.width) + W), maximum(rows), total(rows) {}
+          values(padded(a.width) * BLOCK), rows(W * padded(a.width)), maximum(rows), total(rows) {}
 };
 
 void begin_queries(const Document& d, int64_t group, int64_t from, int64_t to, Scratch& s) {
@@ -77,8 +95,8 @@ void begin_queries(const Document& d, int64_t group, int64_t from, int64_t to, S
     for (int64_t row = 0; row < rows; row++) {
         const int64_t element = d.token(from + row / per_group) * a.q.stride +
                                 (group * per_group + row % per_group) * a.width;
-        widen_row(at(a.q.data, a.q.type, element), a.q.type, a.width, s.row.data);
-        for (int64_t i = 0; i < a.width; i++) s.queries.data[row * a.width + i] = s.row.data[i] * a.scale;
+        widen_row(at(a.q.data, a.q.type, element), a.q.type, a.width, s.rows.data);
+        for (int64_t i = 0; i < a.width; i++) s.queries.data[row * a.width + i] = s.rows.data[i] * a.scale;
         s.maximum.data[row] = NOTHING;
         s.total.data[row] = 0;
     }
@@ -150,14 +168,14 @@ void some_queries(const Document& d, int64_t group, int64_t from, int64_t to, Sc
     begin_queries(d, group, from, to, s);
     for (int64_t first = 0; first < a.num_sinks; first += BLOCK) {
         const int64_t count = smaller(BLOCK, a.num_sinks - first);
-        read_block(a, 0, count, s.keys.data, s.values.data, s.row.data, [&](int64_t j, int64_t part, float* row) {
+        read_block(a, 0, count, s.keys.data, s.values.data, s.rows.data, [&](int64_t j, int64_t part, float* row) {
             memcpy(row, a.sinks + (((first + j) * 2 + part) * a.groups + group) * a.width, a.width * sizeof(float));
         });
         attend(a, from, to, s, [&](int64_t) { return Span{0, count}; });
     }
     const int64_t low = larger(oldest(a, from), d.start());
     for (int64_t block = low / BLOCK * BLOCK; block < to; block += BLOCK) {
-        read_block(a, larger(0, low - block), smaller(BLOCK, to - block), s.keys.data, s.values.data, s.row.data,
+        read_block(a, larger(0, low - block), smaller(BLOCK, to - block), s.keys.data, s.values.data, s.rows.data,
                    [&](int64_t j, int64_t part, float* row) { d.read(block + j, part, group, row); });
         attend(a, from, to, s, [&](int64_t position) {
             return Span{larger(larger(oldest(a, position), d.start()) - block, 0), smaller(position + 1 - block, BLOCK)};

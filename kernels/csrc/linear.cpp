@@ -1,18 +1,22 @@
 // out = scale_t * (x W^T) + b for weights in fp32, bf16 or int8 with a scale for 128 inputs.
 //
 // Weights lie input-major in panels of outputs, [out / panel][in][panel], so that one input channel of a panel is one
-// contiguous run: a channel that did not fire is not read. Each output is one chain of fused multiply-adds in the order
-// of its inputs (int8: exact integer sums of 128 inputs, scaled and added in order), in the product of one row and of
-// many alike. So a row's result depends neither on the rows beside it nor on threads, and leaving out zeros changes
-// nothing.
+// contiguous run: a channel that did not fire is not read. Each output is the sum of two chains of fused multiply-adds,
+// one over each half of its inputs in their order (int8: exact integer sums of 128 inputs, scaled and added in order), in
+// the product of one row and of many alike. So a row's result depends neither on the rows beside it nor on threads, and
+// leaving out zeros changes nothing.
+//
+// One row takes as long as reading its weights. A thread has two streams of them under way at once, as one is not
+// enough for the bandwidth there is: both halves, or, of int8, two groups of 128 inputs.
 #include "tile.h"
 
 namespace {
 
 constexpr int64_t UNIT = 64;        // outputs are padded to whole units; a unit is what a thread gets
 constexpr int64_t GROUP = 128;      // inputs that share a scale
-constexpr int64_t MAX_PANEL = 512;  // outputs
+constexpr int64_t MAX_PANEL = 2048;  // outputs
 constexpr int64_t NC = 256;         // outputs unpacked at once for many rows
+constexpr int64_t FETCHED = GROUP * 2 * W / NC;  // channels of the next block fetched while a tile is multiplied
 constexpr int64_t MAX_ROWS = 256;   // rows multiplied with one unpacked block
 constexpr int64_t MAX_SPARSE_ROWS = 8;
 
@@ -36,16 +40,18 @@ struct Call {
 
 int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t groups_of(int64_t in) { return (in + GROUP - 1) / GROUP; }
 
 // The channels of one row to be read, in order. A group's channels are `index[start[g] .. start[g + 1]]`.
 struct Channels {
+    int64_t in;
     Buffer<int32_t> index;
     Buffer<float> value;
     Buffer<int64_t> start;
-    int64_t groups;
+    int64_t groups, end;
 
     Channels(const float* x, int64_t in, bool all)
-        : index(in), value(in), start((in + GROUP - 1) / GROUP + 1), groups((in + GROUP - 1) / GROUP) {
+        : in(in), index(in), value(in), start(groups_of(in) + 1), groups(groups_of(in)) {
         int64_t n = 0;
         for (int64_t g = 0; g < groups; g++) {
             start.data[g] = n;
@@ -55,80 +61,84 @@ struct Channels {
                 n += all || x[k] != 0;
             }
         }
-        start.data[groups] = n;
+        start.data[groups] = end = n;
     }
-    int64_t count() const { return start.data[groups]; }
+    int64_t middle() const { return start.data[(groups + 1) / 2]; }
 };
 
-// acc += value[j] * row[j], j = 0..7, in that order; fetches the next rows meanwhile.
+// A run of weights to be added to sums: times one channel's value, or, of two channels, times a pair of counts.
 template <class T>
-void add_rows(float* acc, const T* const* row, const T* const* next, const float* value, int64_t width) {
-    constexpr int N = UNIT / W;
-    for (int64_t n = 0; n < width; n += UNIT) {
-        vf a[N];
+struct Run {
+    const T *row, *next;
+    vf value;
+};
+
+struct Pair {
+    const int8_t *row[2], *next[2];
+    vi counts;
+};
+
+// `step` outputs from `n` on; fetches as many of the next run.
+template <class T>
+void add(float* sums, const Run<T>& run, int64_t n, bool fetch) {
+    if (fetch)
+        for (size_t b = 0; b < UNIT * sizeof(T); b += 64) __builtin_prefetch((const char*)(run.next + n) + b);
 #pragma GCC unroll 16
-        for (int i = 0; i < N; i++) a[i] = load(acc + n + i * W);
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) {
-            for (size_t b = 0; b < sizeof(T); b++) __builtin_prefetch((const char*)(next[j] + n) + 64 * b);
-            vf c = splat(value[j]);
+    for (int i = 0; i < UNIT; i += W) store(sums + n + i, fma(load(run.row + n + i), run.value, load(sums + n + i)));
+}
+
+// The same for counts, in the order of `interleave`.
+void add(int32_t* sums, const Pair& pair, int64_t n, bool) {
+    __builtin_prefetch(pair.next[0] + n);
+    __builtin_prefetch(pair.next[1] + n);
 #pragma GCC unroll 16
-            for (int i = 0; i < N; i++) a[i] = fma(load(row[j] + n + i * W), c, a[i]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < N; i++) store(acc + n + i * W, a[i]);
+    for (int i = 0; i < UNIT; i += 2 * W) {
+        vi low, high;
+        interleave(pair.row[0] + n + i, pair.row[1] + n + i, &low, &high);
+        store_int(sums + n + i, dot_pairs(load_int(sums + n + i), low, pair.counts));
+        store_int(sums + n + i + W, dot_pairs(load_int(sums + n + i + W), high, pair.counts));
     }
 }
 
-// The same in integers for four pairs of rows; `acc` is in the order of `interleave`.
-void add_rows(int32_t* acc, const int8_t* const* row, const int8_t* const* next, const int32_t* pair, int64_t width) {
-    constexpr int N = UNIT / W;
-    for (int64_t n = 0; n < width; n += UNIT) {
-        vi a[N];
-#pragma GCC unroll 16
-        for (int i = 0; i < N; i++) a[i] = load_int(acc + n + i * W);
-#pragma GCC unroll 4
-        for (int p = 0; p < 4; p++) {
-            __builtin_prefetch(next[2 * p] + n);
-            __builtin_prefetch(next[2 * p + 1] + n);
-            vi c = splat_int(pair[p]);
-#pragma GCC unroll 8
-            for (int i = 0; i < N; i += 2) {
-                vi low, high;
-                interleave(row[2 * p] + n + i * W, row[2 * p + 1] + n + i * W, &low, &high);
-                a[i] = dot_pairs(a[i], low, c);
-                a[i + 1] = dot_pairs(a[i + 1], high, c);
-            }
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < N; i++) store_int(acc + n + i * W, a[i]);
+// Channels of a list whose runs begin at `base + channel * stride`.
+template <class T>
+struct Runs {
+    const Channels& list;
+    const T* base;
+    int64_t stride;
+
+    const T* row(int64_t i) const { return base + (int64_t)list.index.data[smaller(i, list.end - 1)] * stride; }
+    // The i-th, and, of counts, the one after it; those from `end` on count zero times.
+    auto at(int64_t i, int64_t end, const float*) const {
+        return Run<T>{row(i), row(i + 2), splat(list.value.data[i])};
     }
-}
+    auto at(int64_t i, int64_t end, const int32_t*) const {
+        const float second = i + 1 < end ? list.value.data[i + 1] : 0.0f;
+        const uint32_t low = (uint16_t)(int16_t)list.value.data[i], high = (uint16_t)(int16_t)second;
+        return Pair{{row(i), row(i + 1)}, {row(i + 4), row(i + 5)}, splat_int((int32_t)(low | high << 16))};
+    }
+};
 
-int32_t pair_of(float first, float second) {
-    return (int32_t)((uint32_t)(uint16_t)(int16_t)first | ((uint32_t)(uint16_t)(int16_t)second << 16));
-}
-
-// Channels `begin..end` of a list, eight at a time; missing ones count zero times.
+// sums[0] += channels begin[0] .. end[0], sums[1] += channels begin[1] .. end[1], one of each in turn.
 template <class T, class Acc>
-void stream(const Channels& list, int64_t begin, int64_t end, const T* base, int64_t stride, Acc* acc, int64_t width) {
-    constexpr bool integers = sizeof(T) == 1 && (Acc)0.5f == 0;
-    const int64_t last = list.count() - 1;
-    for (int64_t i = begin; i < end; i += 8) {
-        const T *row[8], *next[8];
-        float value[8];
-        for (int64_t j = 0; j < 8; j++) {
-            row[j] = base + (int64_t)list.index.data[smaller(i + j, end - 1)] * stride;
-            next[j] = base + (int64_t)list.index.data[smaller(i + j + 8, last)] * stride;
-            value[j] = i + j < end ? list.value.data[i + j] : 0.0f;
+void stream(const Runs<T>& runs, const int64_t* begin, const int64_t* end, Acc (*sums)[MAX_PANEL], int64_t width) {
+    constexpr int64_t step = (Acc)0.5f == 0 ? 2 : 1;
+    const bool fetch = runs.list.end < runs.list.in;
+    int64_t i = begin[0], j = begin[1];
+    for (; i < end[0] && j < end[1]; i += step, j += step) {
+        const auto one = runs.at(i, end[0], sums[0]), other = runs.at(j, end[1], sums[1]);
+        for (int64_t n = 0; n < width; n += UNIT) {
+            add(sums[0], one, n, fetch);
+            add(sums[1], other, n, fetch);
         }
-        if constexpr (integers) {
-            int32_t pair[4];
-            for (int p = 0; p < 4; p++) pair[p] = pair_of(value[2 * p], value[2 * p + 1]);
-            add_rows(acc, row, next, pair, width);
-        } else {
-            add_rows(acc, row, next, value, width);
-        }
+    }
+    for (; i < end[0]; i += step) {
+        const auto one = runs.at(i, end[0], sums[0]);
+        for (int64_t n = 0; n < width; n += UNIT) add(sums[0], one, n, fetch);
+    }
+    for (; j < end[1]; j += step) {
+        const auto other = runs.at(j, end[1], sums[1]);
+        for (int64_t n = 0; n < width; n += UNIT) add(sums[1], other, n, fetch);
     }
 }
 
@@ -145,30 +155,39 @@ void add_scaled(float* total, const int32_t* acc, const float* scale, int64_t wi
     }
 }
 
-// Outputs `column .. column + width` of one row before scale and bias; Acc: int32 for counts, else float.
+// One row's sums over both halves of its inputs, for weights without scales.
+template <class T>
+void one_row(const Runs<T>& runs, int64_t width, float (*total)[MAX_PANEL]) {
+    const int64_t begin[] = {0, runs.list.middle()}, end[] = {runs.list.middle(), runs.list.end};
+    stream(runs, begin, end, total, width);
+}
+
+// The same for int8, all in the first sums: groups in order, two at a time. Acc: int32 for counts, else float.
 template <class Acc>
-void one_row(const Packed& w, const Channels& list, const int8_t* base, int64_t stride, int64_t column, int64_t width,
-             float* total) {
-    alignas(64) Acc acc[MAX_PANEL];
-    for (int64_t g = 0; g < list.groups; g++) {
-        int64_t begin = list.start.data[g], end = list.start.data[g + 1];
-        if (begin == end) continue;
-        memset(acc, 0, width * sizeof(Acc));
-        stream(list, begin, end, base, stride, acc, width);
-        add_scaled(total, acc, w.scale + g * padded(w.out, UNIT) + column, width);
+void one_row(const Runs<int8_t>& runs, const float* scale, int64_t scales, int64_t width, float (*total)[MAX_PANEL]) {
+    alignas(64) Acc sums[2][MAX_PANEL];
+    const int64_t *start = runs.list.start.data, groups = runs.list.groups;
+    for (int64_t g = 0; g < groups; g += 2) {
+        const int64_t last = smaller(g + 2, groups);
+        const int64_t begin[] = {start[g], start[g + 1]}, end[] = {start[g + 1], start[last]};
+        for (int part = 0; part < 2; part++) memset(sums[part], 0, width * sizeof(Acc));
+        stream(runs, begin, end, sums, width);
+        for (int part = 0; part < 2; part++)
+            if (begin[part] < end[part]) add_scaled(total[0], sums[part], scale + (g + part) * scales, width);
     }
 }
 
-void finish(const Call& call, int64_t row, int64_t column, int64_t width, const float* total) {
+// Outputs `column .. column + width` of a row from the sums over both halves of its inputs.
+void finish(const Call& call, int64_t row, int64_t column, int64_t width, const float* one, const float* other) {
     const float scale = call.token_scale ? call.token_scale[row] : 1.0f;
     const float* bias = call.bias ? call.bias + column : nullptr;
     width = smaller(width, call.w.out - column);
     if (call.out_type == F32) {
         float* out = (float*)call.out + row * call.w.out + column;
-        for (int64_t n = 0; n < width; n++) out[n] = total[n] * scale + (bias ? bias[n] : 0.0f);
+        for (int64_t n = 0; n < width; n++) out[n] = (one[n] + other[n]) * scale + (bias ? bias[n] : 0.0f);
     } else {
         bf16* out = (bf16*)call.out + row * call.w.out + column;
-        for (int64_t n = 0; n < width; n++) out[n] = narrow(total[n] * scale + (bias ? bias[n] : 0.0f));
+        for (int64_t n = 0; n < width; n++) out[n] = narrow((one[n] + other[n]) * scale + (bias ? bias[n] : 0.0f));
     }
 }
 
@@ -176,16 +195,17 @@ void rows_one_by_one(const Call& call, Channels* const* lists, const bool* whole
                      int64_t panel_start, int64_t stride) {
     const Packed& w = call.w;
     const int64_t offset = panel_start * w.in + (column - panel_start);
+    const float* scale = w.scale + column;
     for (int64_t row = 0; row < call.rows; row++) {
-        alignas(64) float total[MAX_PANEL] = {};
+        alignas(64) float total[2][MAX_PANEL];
+        for (int part = 0; part < 2; part++) memset(total[part], 0, width * sizeof(float));
         const Channels& list = *lists[row];
-        if (w.kind == FP32) stream(list, 0, list.count(), (const float*)w.weight + offset, stride, total, width);
-        if (w.kind == HALF) stream(list, 0, list.count(), (const bf16*)w.weight + offset, stride, total, width);
-        if (w.kind == INT8 && whole[row])
-            one_row<int32_t>(w, list, (const int8_t*)w.weight + offset, stride, column, width, total);
-        if (w.kind == INT8 && !whole[row])
-            one_row<float>(w, list, (const int8_t*)w.weight + offset, stride, column, width, total);
-        finish(call, row, column, width, total);
+        if (w.kind == FP32) one_row(Runs<float>{list, (const float*)w.weight + offset, stride}, width, total);
+        if (w.kind == HALF) one_row(Runs<bf16>{list, (const bf16*)w.weight + offset, stride}, width, total);
+        const Runs<int8_t> codes{list, (const int8_t*)w.weight + offset, stride};
+        if (w.kind == INT8 && whole[row]) one_row<int32_t>(codes, scale, padded(w.out, UNIT), width, total);
+        if (w.kind == INT8 && !whole[row]) one_row<float>(codes, scale, padded(w.out, UNIT), width, total);
+        finish(call, row, column, width, total[0], total[1]);
     }
 }
 
@@ -258,28 +278,39 @@ void rows_of_tile(const Call& call, int64_t rows, const void* tile, int64_t row,
     }
 }
 
-// `width` outputs (at most NC) of rows `first .. first + rows`.
+// Fetch channels `k .. k + FETCHED` of a block of weights.
+void fetch(const Packed& w, const char* block, int64_t k, int64_t depth, int64_t width, int64_t stride) {
+    const int64_t size = w.kind == FP32 ? 4 : w.kind == HALF ? 2 : 1;
+    for (int64_t i = k; i < smaller(k + FETCHED, depth); i++)
+        for (int64_t b = 0; b < width * size; b += 64) __builtin_prefetch(block + i * stride * size + b);
+}
+
+// `width` outputs (at most NC) of rows `first .. first + rows`; total [2, rows, NC].
 void many_rows(const Call& call, int64_t first, int64_t rows, int64_t column, int64_t width, int64_t panel_start,
                int64_t stride, float* tiles, float* total) {
     const Packed& w = call.w;
-    memset(total, 0, rows * NC * sizeof(float));
+    const int64_t half = (w.kind == INT8 ? groups_of(w.in) : (groups_of(w.in) + 1) / 2) * GROUP;
+    const int64_t size = w.kind == FP32 ? 4 : w.kind == HALF ? 2 : 1;
+    memset(total, 0, 2 * rows * NC * sizeof(float));
     for (int64_t k = 0; k < w.in; k += GROUP) {
-        const int64_t depth = smaller(GROUP, w.in - k);
-        const int64_t offset = panel_start * w.in + k * stride + (column - panel_start);
-        if (w.kind == FP32) unpack((const float*)w.weight + offset, stride, depth, width, tiles);
-        if (w.kind == HALF) unpack((const bf16*)w.weight + offset, stride, depth, width, tiles);
-        const int8_t* codes = (const int8_t*)w.weight + offset;
-        if (w.kind == INT8 && call.counts) unpack_pairs(codes, stride, depth, width, (int32_t*)tiles);
-        if (w.kind == INT8 && !call.counts) unpack(codes, stride, depth, width, tiles);
+        const int64_t depth = smaller(GROUP, w.in - k), next = smaller(GROUP, w.in - k - depth);
+        const char* block = (const char*)w.weight + (panel_start * w.in + k * stride + (column - panel_start)) * size;
+        if (w.kind == FP32) unpack((const float*)block, stride, depth, width, tiles);
+        if (w.kind == HALF) unpack((const bf16*)block, stride, depth, width, tiles);
+        if (w.kind == INT8 && call.counts) unpack_pairs((const int8_t*)block, stride, depth, width, (int32_t*)tiles);
+        if (w.kind == INT8 && !call.counts) unpack((const int8_t*)block, stride, depth, width, tiles);
         const int64_t tile_size = call.counts ? (depth + 1) / 2 * 2 * W : depth * 2 * W;
+        float* sums = total + (k < half ? 0 : rows * NC);
         for (int64_t n = 0; n < width; n += 2 * W) {
             const float* scale = w.kind == INT8 ? w.scale + k / GROUP * padded(w.out, UNIT) + column + n : nullptr;
+            fetch(w, block + depth * stride * size, n / (2 * W) * FETCHED, next, width, stride);
             for (int64_t row = 0; row < rows; row += R)
                 rows_of_tile(call, smaller(R, rows - row), tiles + n / (2 * W) * tile_size, first + row, k, depth,
-                             scale, total + row * NC + n);
+                             scale, sums + row * NC + n);
         }
     }
-    for (int64_t row = 0; row < rows; row++) finish(call, first + row, column, width, total + row * NC);
+    for (int64_t row = 0; row < rows; row++)
+        finish(call, first + row, column, width, total + row * NC, total + (rows + row) * NC);
 }
 
 // Calls work(column, width, panel start, panel width) for each panel's part of this thread's share of the outputs.
@@ -322,7 +353,7 @@ struct Lists {
     }
     void add(const float* x, int64_t in, bool all) {
         row.data[rows] = new Channels(x, in, all);
-        active += row.data[rows++]->count();
+        active += row.data[rows++]->end;
     }
 };
 
@@ -364,7 +395,7 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
                 rows_one_by_one(call, lists.row.data, whole.data, column, width, start, stride);
             });
         } else {
-            Buffer<float> tiles(GROUP * NC), total(smaller(rows, MAX_ROWS) * NC);
+            Buffer<float> tiles(GROUP * NC), total(2 * smaller(rows, MAX_ROWS) * NC);
             share(*w, thread, threads, NC, [&](int64_t column, int64_t width, int64_t start, int64_t stride) {
                 for (int64_t row = 0; row < rows; row += MAX_ROWS)
                     many_rows(call, row, smaller(MAX_ROWS, rows - row), column, width, start, stride, tiles.data,

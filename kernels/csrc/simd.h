@@ -196,6 +196,39 @@ static inline void in_order(vi low, vi high, vi* first, vi* second) {
 #endif
 }
 
+// The elements of a and b in turn.
+static inline void zip(vf a, vf b, vf* low, vf* high) {
+#if defined(__AVX512F__)
+    const __m512i one = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i two = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    *low = (vf)_mm512_permutex2var_ps((__m512)a, one, (__m512)b);
+    *high = (vf)_mm512_permutex2var_ps((__m512)a, two, (__m512)b);
+#elif defined(__AVX2__)
+    const __m256 x = _mm256_unpacklo_ps((__m256)a, (__m256)b), y = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+    *low = (vf)_mm256_permute2f128_ps(x, y, 0x20);
+    *high = (vf)_mm256_permute2f128_ps(x, y, 0x31);
+#else
+    vf x = a, y = b;
+    for (int i = 0; i < W / 2; i++) {
+        x[2 * i] = a[i];
+        x[2 * i + 1] = b[i];
+        y[2 * i] = a[W / 2 + i];
+        y[2 * i + 1] = b[W / 2 + i];
+    }
+    *low = x;
+    *high = y;
+#endif
+}
+
+// W rows become W columns.
+static inline void transpose(vf* rows) {
+    vf next[W];
+    for (int round = 1; round < W; round *= 2) {
+        for (int i = 0; i < W / 2; i++) zip(rows[i], rows[W / 2 + i], next + 2 * i, next + 2 * i + 1);
+        for (int i = 0; i < W; i++) rows[i] = next[i];
+    }
+}
+
 static inline float sum(vf x) {
     for (int half = W / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];

@@ -116,37 +116,44 @@ def choose(op: str, name: str | None, device: str, dtype: torch.dtype | None, ne
     raise BackendError(f"{op}: " + "; ".join(f"{backend} {reason}" for backend, reason in reasons.items()))
 
 
+# What was chosen so far, by what `_wanted` gives: the function and whether it works in place on a pool.
+_CHOSEN: dict[tuple[Any, ...], tuple[Op, bool]] = {}
 # The functions loaded so far, by op and backend: a cache that torch.compile can read.
 _FUNCTIONS: dict[str, dict[str, Op]] = {op: {} for op in OPS}
 
 
-@cache
-def _load(*wanted: Any) -> Backend:
-    chosen, op = choose(*wanted), wanted[0]
-    _FUNCTIONS[op][chosen.name] = chosen.load(op)
-    return chosen
+def _choose(wanted: tuple[Any, ...]) -> tuple[Op, bool]:
+    if wanted not in _CHOSEN:
+        backend, op, needs_gradients = choose(*wanted), wanted[0], wanted[-1]
+        _FUNCTIONS[op][backend.name] = backend.load(op)
+        _CHOSEN[wanted] = _FUNCTIONS[op][backend.name], backend.in_place and not needs_gradients
+    return _CHOSEN[wanted]
 
 
-# torch.compile looks through a cache, but not into a function whose result it may take as constant.
+# torch.compile does not look into a function whose result it may take as constant.
 @torch.compiler.assume_constant_result
 def _name(*wanted: Any) -> str:
-    return _load(*wanted).name
+    _choose(wanted)
+    return choose(*wanted).name
 
 
 @torch.compiler.assume_constant_result
 def _in_place(*wanted: Any) -> bool:
-    needs_gradients = wanted[-1]
-    return _load(*wanted).in_place and not needs_gradients
+    return _choose(wanted)[1]
 
 
 def _wanted(op: str, name: str | None, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    first = inputs[0]
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return op, name, inputs[0].device.type, inputs[0].dtype, needs_gradients
+    return op, name, "cpu" if first.is_cpu else first.device.type, first.dtype, needs_gradients
 
 
 def resolve(op: str, name: str | None, *inputs: Tensor) -> Op:
     """The function for `op` on these inputs: the named backend's, or that of the first that can run."""
-    return _FUNCTIONS[op][_name(*_wanted(op, name, inputs))]
+    wanted = _wanted(op, name, inputs)
+    if torch.compiler.is_dynamo_compiling():
+        return _FUNCTIONS[op][_name(*wanted)]
+    return (_CHOSEN.get(wanted) or _choose(wanted))[0]
 
 
 def works_in_place(op: str, name: str | None, *inputs: Tensor) -> bool:

@@ -107,6 +107,8 @@ def scatter(rows: Tensor, index: Tensor, count: int) -> Tensor:
 
 def by_token(x: Tensor) -> Tensor:
     """x `[B, T, H, K]` with its heads contiguous and its tokens at equal distances."""
+    if x.is_contiguous():
+        return x
     by_row = x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.stride(1) * x.shape[1]
     heads = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
     return x if by_row and heads else x.contiguous()
@@ -114,4 +116,5 @@ def by_token(x: Tensor) -> Tensor:
 
 def token_stride(x: Tensor) -> int:
     """Elements from token to token of what `by_token` gave."""
-    return x.stride(0) if x.shape[1] == 1 else x.stride(1)
+    strides = x.stride()
+    return strides[0] if x.shape[1] == 1 else strides[1]

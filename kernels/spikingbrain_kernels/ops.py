@@ -7,7 +7,7 @@ Each op has two entries: the plain one writes to nothing it was given; `op_step_
 a state) updates the states in a pool's slots.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -28,12 +28,13 @@ def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
     autocast an op computes in the types it is given: decays and states are fp32 for a reason.
     """
 
-    @wraps(op)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Any:
+    name = op.__name__
+
+    def run(*args: Any, **kwargs: Any) -> Any:
         slots = kwargs.get("state")
         if isinstance(slots, Carrier):
             return slots.carry(op, *args, **{**kwargs, "state": None})
-        if not isinstance(slots, Slots) or _works_in_place(op.__name__, kwargs.get("backend"), slots, *args):
+        if not isinstance(slots, Slots) or _works_in_place(name, kwargs.get("backend"), slots, args):
             return op(*args, **kwargs)
         kwargs["state"] = slots.read()
         out, rows = op(*args, **kwargs)
@@ -42,7 +43,8 @@ def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
 
     @wraps(op)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-        device = args[0].device.type  # type: ignore[attr-defined]
+        first: Any = args[0]
+        device = "cpu" if first.is_cpu else first.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
             return run(*args, **kwargs)
         with torch.autocast(device, enabled=False):
@@ -51,9 +53,14 @@ def in_pool(op: Callable[P, Any]) -> Callable[P, Any]:
     return call
 
 
-def _works_in_place(op: str, backend: Any, slots: Slots, *inputs: Any) -> bool:
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    return slots.pool.is_contiguous() and works_in_place(op, backend, *tensors)
+def _works_in_place(op: str, backend: Any, slots: Slots, inputs: tuple[Any, ...]) -> bool:
+    return slots.pool.is_contiguous() and works_in_place(op, backend, *inputs)
+
+
+def _as(out: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What a backend gave, in the shape and type that the op promises."""
+    out = out if out.shape == shape else out.view(shape)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def _tensors(state: Tensor | Slots | None) -> list[Tensor]:
@@ -85,7 +92,7 @@ def gated_linear(
         state = _first_state(q, cu_seqlens, k.shape[2], k.shape[3], v.shape[3])
     run = resolve("gated_linear", backend, q, k, v, log_decay, *_tensors(state))
     out, state = run(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens, mask=mask)
-    return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), state
+    return _as(out, (*q.shape[:3], v.shape[3]), v.dtype), state
 
 
 @in_pool
@@ -116,7 +123,7 @@ def gated_delta(
         state = _first_state(q, cu_seqlens, k.shape[2], k.shape[3], v.shape[3])
     run = resolve("gated_delta", backend, q, k, v, beta, log_decay, *_tensors(state))
     out, state = run(q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens, mask=mask)
-    return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), state
+    return _as(out, (*q.shape[:3], v.shape[3]), v.dtype), state
 
 
 @in_pool
@@ -146,7 +153,7 @@ def wkv(
         state = _first_state(k, cu_seqlens, 3, k.shape[2])
     run = resolve("wkv", backend, k, v, time_decay, time_first, *_tensors(state))
     out, state = run(k, v, time_decay, time_first, state=state, cu_seqlens=cu_seqlens, mask=mask)
-    return out.view(v.shape).to(v.dtype), state
+    return _as(out, v.shape, v.dtype), state
 
 
 @in_pool
@@ -176,7 +183,7 @@ def lif_scan(
     run = resolve("lif_scan", backend, x, *_tensors(state))
     neuron = {"tau": tau, "v_th": v_th, "v_reset": v_reset, "decay_input": decay_input}
     spikes, membrane = run(x, **neuron, state=state, cu_seqlens=cu_seqlens, mask=mask)
-    return spikes.view(x.shape).to(x.dtype), membrane
+    return _as(spikes, x.shape, x.dtype), membrane
 
 
 @in_pool
@@ -200,7 +207,7 @@ def short_conv(
         state = _first_state(x, cu_seqlens, weight.shape[1] - 1, x.shape[2]).to(x.dtype)
     run = resolve("short_conv", backend, x, weight, *_tensors(state))
     out, state = run(x, weight, state=state, cu_seqlens=cu_seqlens, mask=mask)
-    return out.view(x.shape).to(x.dtype), state
+    return _as(out, x.shape, x.dtype), state
 
 
 @in_pool
@@ -232,18 +239,18 @@ def window_attention(
         raise ValueError(f"sinks {tuple(sinks.shape)} must be [S, 2, {k.shape[2]}, {k.shape[3]}]")
     run = resolve("window_attention", backend, q, k, v, *_tensors(state), *_tensors(sinks))
     out, state = run(
-        q.to(v.dtype),
-        k.to(v.dtype),
+        q if q.dtype == v.dtype else q.to(v.dtype),
+        k if k.dtype == v.dtype else k.to(v.dtype),
         v,
         window=window,
-        positions=positions.expand(q.shape[:2]),
+        positions=_positions(positions, q),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         sinks=sinks,
         state=state,
         cu_seqlens=cu_seqlens,
         mask=mask,
     )
-    return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), state
+    return _as(out, (*q.shape[:3], v.shape[3]), v.dtype), state
 
 
 def gated_linear_step_(
@@ -348,7 +355,7 @@ def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float, *, 
 
     `positions [B, T]`, `frequencies [K / 2]` in fp32; the result is multiplied by `factor`.
     """
-    return resolve("rotary", backend, x)(x, positions.expand(x.shape[:2]), frequencies, factor)
+    return resolve("rotary", backend, x)(x, _positions(positions, x), frequencies, factor)
 
 
 def _check_features(x: Tensor, packed: Packed) -> None:
@@ -356,8 +363,14 @@ def _check_features(x: Tensor, packed: Packed) -> None:
         raise ValueError(f"{x.shape[-1]} inputs do not fit weights of {packed.in_features}")
 
 
+def _positions(positions: Tensor, x: Tensor) -> Tensor:
+    """One for each token of `x [B, T, ...]`."""
+    return positions if positions.shape == x.shape[:2] else positions.expand(x.shape[:2])
+
+
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
+    first, second, third = q.shape, k.shape, v.shape
+    if len(first) != 4 or first[:2] != second[:2] or second[:3] != third[:3] or first[3] != second[3]:
+        raise ValueError(f"shapes do not fit: q {tuple(first)}, k {tuple(second)}, v {tuple(third)}")
+    if first[2] % second[2]:
+        raise ValueError(f"{first[2]} query heads cannot share {second[2]} key heads evenly")

@@ -11,9 +11,16 @@ from torch.nn.functional import pad
 KINDS = ("fp32", "bf16", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 GROUP = 128  # inputs that share a scale in int8
-PANEL = 512  # outputs
 UNIT = 64  # outputs are padded to whole units
+LARGEST_PANEL = 2048  # outputs
 LARGEST_CODE = 127
+
+
+def panel_of(out_features: int) -> int:
+    """Outputs of a panel: as few and as even panels as fit, an even number, so that two threads have as many each."""
+    units = -(-out_features // UNIT)
+    panels = 2 * -(-units * UNIT // (2 * LARGEST_PANEL))
+    return -(-units // panels) * UNIT
 
 
 class CPacked(ctypes.Structure):
@@ -28,12 +35,14 @@ class CPacked(ctypes.Structure):
 class Packed:
     """A weight `[out, in]` as `pack` made it.
 
-    `weight`: panels `[in, panel]` one after another, flat. `scale [ceil(in / 128), padded out]` in fp32, int8 only.
+    `weight`: panels `[in, panel]` one after another, flat; the last may be narrower. `scale [ceil(in / 128), padded
+    out]` in fp32, int8 only.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None, in_features: int, out_features: int):
         self.weight, self.scale = weight, scale
         self.in_features, self.out_features = in_features, out_features
+        self.panel = panel_of(out_features)
         self.kind = KINDS[DTYPES.index(weight.dtype)]
 
     @cached_property
@@ -41,7 +50,7 @@ class Packed:
         """What the C functions take; it points into this object's tensors."""
         scale = None if self.scale is None else self.scale.data_ptr()
         kind = KINDS.index(self.kind)
-        return CPacked(self.weight.data_ptr(), scale, self.in_features, self.out_features, PANEL, kind)
+        return CPacked(self.weight.data_ptr(), scale, self.in_features, self.out_features, self.panel, kind)
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +59,7 @@ class Packed:
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """The weight `[out, in]` as stored and, for int8, its scales `[out, ceil(in / 128)]`."""
-        panels = self.weight.split(PANEL * self.in_features)
+        panels = self.weight.split(self.panel * self.in_features)
         weight = torch.cat([panel.view(self.in_features, -1).T for panel in panels])[: self.out_features]
         return weight, None if self.scale is None else self.scale.T[: self.out_features]
 
@@ -84,8 +93,9 @@ def _panels(weight: Tensor, scale: Tensor | None) -> Packed:
     out_features, in_features = weight.shape
     padded = out_features + -out_features % UNIT
     flat = torch.zeros(padded * in_features, dtype=weight.dtype, device=weight.device)
-    for start in range(0, out_features, PANEL):
-        panel = flat[start * in_features : min(start + PANEL, padded) * in_features].view(in_features, -1)
-        rows = weight[start : start + PANEL]
+    width = panel_of(out_features)
+    for start in range(0, out_features, width):
+        panel = flat[start * in_features : min(start + width, padded) * in_features].view(in_features, -1)
+        rows = weight[start : start + width]
         panel[:, : len(rows)] = rows.T
     return Packed(flat, scale, in_features, out_features)

@@ -33,9 +33,11 @@ class Mixer(nn.Module):
                 f"unknown gate.feature_map {config.gate['feature_map']!r}; choose from {', '.join(FEATURE_MAPS)}"
             )
         self.config = config
+        self.head_dim, self.gate = config.head_dim, dict(config.gate)
         self.feature_map = FEATURE_MAPS[config.gate["feature_map"]]
         self.g_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        if config.qk_norm:
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
@@ -71,18 +73,17 @@ class Mixer(nn.Module):
         mask: Tensor | None,
     ) -> tuple[Tensor, LayerState]:
         """`p` of q, k, v and gate -> `[B, T, H * D]`."""
-        heads = (-1, self.config.head_dim)
-        q, k, v = (p[name].unflatten(-1, heads) for name in ("q_proj", "k_proj", "v_proj"))
-        if self.config.qk_norm:
+        q, k, v = (p[name].unflatten(-1, (-1, self.head_dim)) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         # log(1 - sigmoid(k)) = log sigmoid(-k).
-        gate = -k if self.config.gate["tied"] else p["gate_proj"].unflatten(-1, heads)
+        gate = -k if self.gate["tied"] else p["gate_proj"].unflatten(-1, (-1, self.head_dim))
         out, memory = gated_linear(
             self.feature_map(q),
             self.feature_map(k),
             v,
-            log_sigmoid(gate, self.config.gate["normalizer"]),
-            scale=self.config.head_dim**-0.5,
+            log_sigmoid(gate, self.gate["normalizer"]),
+            scale=self.head_dim**-0.5,
             state=state.get("recurrent"),
             cu_seqlens=cu_seqlens,
             mask=mask,

@@ -29,9 +29,10 @@ class Mixer(nn.Module):
     def __init__(self, config: SpikingBrainConfig):
         super().__init__()
         self.config = config
+        self.head_dim, self.window, self.qk_norm = config.head_dim, config.window, config.qk_norm
         self.rotary = Rotary(config)
         self.sinks = nn.Parameter(first_sinks(config)) if config.num_sinks else None
-        if config.qk_norm:
+        if self.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
@@ -48,8 +49,8 @@ class Mixer(nn.Module):
 
     def heads(self, p: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v by head `[B, T, H, D]`, q and k normalised where the model does so, then rotated."""
-        q, k, v = (p[name].unflatten(-1, (-1, self.config.head_dim)) for name in ("q_proj", "k_proj", "v_proj"))
-        if self.config.qk_norm:
+        q, k, v = (p[name].unflatten(-1, (-1, self.head_dim)) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotary(positions, q, k)
         return q, k, v
@@ -66,7 +67,7 @@ class Mixer(nn.Module):
         """`p` of q, k, v -> `[B, T, H * D]`."""
         out, ring = window_attention(
             *self.heads(p, positions),
-            window=self.config.window,
+            window=self.window,
             positions=positions,
             sinks=self.sinks,
             state=state.get("ring"),

@@ -48,7 +48,7 @@ def kernel(
         @wraps(function)
         def run(*args: Any) -> Any:
             learns = backward is not None and needs_gradients(*args)
-            return op(*args) if learns or torch.compiler.is_compiling() else function(*args)
+            return op(*args) if learns or torch.compiler.is_dynamo_compiling() else function(*args)
 
         return run
 

@@ -47,6 +47,8 @@ def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> 
 
 def _rows(x: Tensor) -> Tensor:
     """x `[..., N]` as a matrix whose rows are contiguous."""
+    if x.is_contiguous():
+        return x.view(-1, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

@@ -1,13 +1,14 @@
 """Products with packed weights."""
 
 import ctypes
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..library import TYPES, address, library
-from ..packed import KINDS, PANEL, CPacked, Packed
+from ..packed import KINDS, CPacked, Packed, panel_of
 from .calls import kernel
 
 # A row goes alone while the weights its spikes touch, summed over the rows, are fewer than this many whole matrices.
@@ -26,7 +27,7 @@ def spike_linear(counts: Tensor, scale: Tensor, packed: Packed, bias: Tensor | N
 
 def _apply(x: Tensor, packed: Packed, scale: Tensor | None, bias: Tensor | None, counts: bool) -> Tensor:
     x = x.contiguous()
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return _multiply(x, packed.struct, scale, bias, counts, packed.out_features)
     kind = KINDS.index(packed.kind)
     return _linear(x, packed.weight, packed.scale, scale, bias, packed.out_features, kind, counts)
@@ -48,17 +49,17 @@ def _linear(
     counts: bool,
 ) -> Tensor:
     in_features = x.shape[-1]
-    packed = CPacked(address(weight), address(group_scale), in_features, out_features, PANEL, kind)
+    packed = CPacked(address(weight), address(group_scale), in_features, out_features, panel_of(out_features), kind)
     return _multiply(x, packed, token_scale, bias, counts, out_features)
 
 
 def _multiply(
     x: Tensor, packed: CPacked, token_scale: Tensor | None, bias: Tensor | None, counts: bool, out_features: int
 ) -> Tensor:
-    out = x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32 if x.dtype == torch.int16 else x.dtype)
+    shape, dtype = (*x.shape[:-1], out_features), x.dtype
+    out = x.new_empty(shape, dtype=torch.float32) if dtype == torch.int16 else x.new_empty(shape)
     library().linear(
-        *(ctypes.addressof(packed), x.data_ptr(), TYPES[x.dtype], address(token_scale), address(bias)),
-        *(out.data_ptr(), TYPES[out.dtype], out.numel() // max(1, out_features), counts),
-        *(BREAK_EVEN_ROWS, torch.get_num_threads()),
+        *(ctypes.addressof(packed), x.data_ptr(), TYPES[dtype], address(token_scale), address(bias)),
+        *(out.data_ptr(), TYPES[out.dtype], math.prod(shape[:-1]), counts, BREAK_EVEN_ROWS, torch.get_num_threads()),
     )
     return out

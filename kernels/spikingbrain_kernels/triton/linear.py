@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packed import GROUP, PANEL, Packed
+from ..packed import GROUP, Packed
 from .rows import UNFUSED, on_its_device
 
 OUT_BLOCK = 64  # divides the packed form's units, so that a tile lies in one panel
@@ -42,7 +42,7 @@ def _multiply(x: Tensor, scale: Tensor | None, packed: Packed, bias: Tensor | No
         ROW_BLOCK=tile,
         OUT_BLOCK=OUT_BLOCK,
         GROUP=GROUP,
-        PANEL=PANEL,
+        PANEL=packed.panel,
         # Sums are added as the reference adds them.
         **UNFUSED,
     )
