@@ -113,8 +113,11 @@ def save(path: Path, **settings: Any) -> Path:
     return path
 
 
-def save_family(name: str, path: Path) -> Path:
-    """A checkpoint of a family under its own model type: the authors' golden one where vLLM takes its head size."""
+def save_family(name: str, path: Path, **settings: Any) -> Path:
+    """A checkpoint of a family under its own model type: the authors' golden one where vLLM takes its head size.
+
+    `settings`: of a W8ASpike release.
+    """
     torch.manual_seed(0)
     if name == "metala":
         # vLLM would read the expected outputs beside the weights too.
@@ -125,7 +128,7 @@ def save_family(name: str, path: Path) -> Path:
     if name == "spikegpt":
         assert import_release(GOLDEN / "spikegpt" / "model.pth", path) == name
     elif name == "w8aspike":
-        release(path.with_name("release"), 0.01, **{**SIZES, "sliding_window": 8})
+        release(path.with_name("release"), 0.01, **{**SIZES, "sliding_window": 8, **settings})
         assert import_release(path.with_name("release"), path) == name
     elif name == "gla_swa":
         sizes = {**SIZES, "sliding_window": 8, "attn_layers": [1]}

@@ -177,6 +177,12 @@ def test_two_ranks_share_every_expert(tmp_path, prompts):
     check(path, prompts, rounds=1, tensor_parallel_size=2, distributed_executor_backend="mp")
 
 
+def test_two_ranks_share_int8_weights_and_codes_beyond_them(tmp_path):
+    # Each rank's inputs have to be whole groups of 128.
+    path = save_family("w8aspike", tmp_path / "model", hidden_size=256, intermediate_size=256)
+    check(path, make_prompts(61), rounds=1, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
 def test_two_stages_give_the_same_tokens(hybrid, prompts, expected):
     # Eagerly, vLLM's CPU worker never makes the buffer that a stage receives into.
     with engine(hybrid, pipeline_parallel_size=2, distributed_executor_backend="mp", **TRACED) as llm:
