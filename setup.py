@@ -17,7 +17,6 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma"]
     LEVELS["avx512"] = ["-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
-FLAGS += ["-fno-tree-loop-distribute-patterns"]  # for the short rows here a call of memcpy takes longer than a loop
 FLAGS += ["-Wno-maybe-uninitialized"]  # false alarms inside GCC 12's own AVX-512 headers
 
 

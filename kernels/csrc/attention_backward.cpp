@@ -177,9 +177,7 @@ struct Backward {
     }
 
     void block(int64_t block) {
-        const int64_t end = d.first + d.length;
-        // A window that is longer than the document may be as long as a number can be, too long to add to.
-        const Band band{block, smaller(a.window, end), larger(0, d.first - block), smaller(BLOCK, end - block)};
+        const Band band{block, a.window, larger(0, d.first - block), smaller(BLOCK, d.first + d.length - block)};
         begin_block(band, [&](int64_t j, int64_t part, float* to) { d.read(block + j, part, group, to); });
         run(band, [&](int64_t j, const float* key, const float* value) {
             const int64_t place = (d.token(block + j) * a.groups + group) * a.width;
