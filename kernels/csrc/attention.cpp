@@ -130,8 +130,8 @@ void add_values(const Attention& a, int64_t row, int64_t rows, const Span& seen,
                     seen.to - seen.from, s.sums.data + row * wide + i, wide);
 }
 
-// The same for all rows of the queries at `from .. to`, several at once. What a query does not see is not multiplied, as
-// zero times infinity is not zero: the first and last places that some of them see are taken one query at a time.
+// The same for all rows of the queries at `from .. to`, several at once. What a query does not see is not multiplied,
+// as zero times infinity is not zero: the first and last places that some of them see are taken one query at a time.
 template <class Seen>
 void add_values(const Attention& a, int64_t from, int64_t to, Scratch& s, Seen seen) {
     const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group;

@@ -1,8 +1,8 @@
 // Gradients of softmax attention over a window: the weights are computed again block by block from the sums that the
 // forward pass kept (FlashAttention, arXiv 2205.14135), so that memory and work are linear in the tokens.
 //
-// A task is one document and the heads of one group, whose keys no other task writes gradients of; blocks come in order,
-// so that the bits do not depend on threads.
+// A task is one document and the heads of one group, whose keys no other task writes gradients of; blocks come in
+// order, so that the bits do not depend on threads.
 #include <initializer_list>
 
 #include "attention.h"
@@ -77,7 +77,8 @@ struct Backward {
 
     void begin_tile(int64_t from, int64_t rows) {
         for (int64_t n = 0; n < rows; n++) {
-            const int64_t element = d.token(from + n / per_group) * a.q.stride + (group * per_group + n % per_group) * a.width;
+            const int64_t head_in_row = group * per_group + n % per_group;
+            const int64_t element = d.token(from + n / per_group) * a.q.stride + head_in_row * a.width;
             float* query = queries.data + n * wide;
             widen_row(at(a.q.data, a.q.type, element), a.q.type, a.width, query);
             for (int64_t i = 0; i < a.width; i++) query[i] *= a.scale;
@@ -162,7 +163,9 @@ struct Backward {
     void sinks(int64_t first) {
         constexpr int64_t ago = int64_t(1) << 40;
         const Band band{-ago, 2 * ago, 0, smaller(BLOCK, a.num_sinks - first)};
-        const auto place = [&](int64_t j, int64_t part) { return (((first + j) * 2 + part) * a.groups + group) * a.width; };
+        const auto place = [&](int64_t j, int64_t part) {
+            return (((first + j) * 2 + part) * a.groups + group) * a.width;
+        };
         begin_block(band, [&](int64_t j, int64_t part, float* to) {
             memcpy(to, a.sinks + place(j, part), a.width * sizeof(float));
         });

@@ -4,8 +4,8 @@
 
 #define R 6  // rows of a tile; its width is 2W outputs
 
-// A tile of M rows and 2W outputs: total += x W over `depth` inputs, or, with a scale, total += scale * (x W). Input k of
-// row m lies at x[m * row + k * step], its weights at w + k * next.
+// A tile of M rows and 2W outputs: total += x W over `depth` inputs, or, with a scale, total += scale * (x W). Input k
+// of row m lies at x[m * row + k * step], its weights at w + k * next.
 template <int M>
 static inline __attribute__((always_inline)) void tile_of(const float* w, int64_t next, const float* x, int64_t row,
                                                           int64_t step, int64_t depth, const float* scale, float* total,

@@ -60,6 +60,8 @@ def window_attention(
     q, k, v = (by_token(x) for x in (q, k, v))
     sinks = None if sinks is None else sinks.float().contiguous()
     if learns:
+        # Nothing lies farther back than the row is long; a window without an end would be too long to count with.
+        window = min(window, q.shape[1])
         return _window_attention_kept(q, k, v, sinks, tokens, starts, first.contiguous(), window, scale)[0], None
     pool, slots = None, None
     if state is not None:
