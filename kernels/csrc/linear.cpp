@@ -6,8 +6,8 @@
 // the product of one row and of many alike. So a row's result depends neither on the rows beside it nor on threads, and
 // leaving out zeros changes nothing.
 //
-// One row takes as long as reading its weights. A thread has two streams of them under way at once, as one is not
-// enough for the bandwidth there is: both halves, or, of int8, two groups of 128 inputs.
+// What bounds one row is reading its weights. A thread has two streams of them under way at once, as one is not enough
+// for the bandwidth there is: both halves, or, of int8, two groups of 128 inputs.
 #include "tile.h"
 
 namespace {
