@@ -34,5 +34,7 @@ class Rotary:
 
 @lru_cache(maxsize=16)
 def _default_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    half = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    return 1.0 / theta**half
+    # Kept for later calls, which may save it for a backward pass: it must not be made as an inference tensor.
+    with torch.inference_mode(False):
+        half = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        return 1.0 / theta**half

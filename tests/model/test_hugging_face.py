@@ -129,3 +129,13 @@ def test_device_map_places_the_layers(tmp_path):
     assert torch.equal(
         loaded.generate(ids, max_new_tokens=4, **GREEDY), model.generate(ids, max_new_tokens=4, **GREEDY)
     )
+
+
+def test_a_model_that_served_first_can_be_trained_in_the_same_process():
+    # Of a base of its own, so that nothing is kept from other tests.
+    model = tiny_model(["gla", "sliding_window"], dtype=torch.float32, rope_parameters={"rope_theta": 12_345.0})
+    ids = torch.randint(0, VOCABULARY, (2, 13))
+    with torch.inference_mode():
+        model(input_ids=ids)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
