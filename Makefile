@@ -9,7 +9,7 @@ OLDER_TRANSFORMERS := 5.19.0
 VLLM := 0.32.0
 PYTEST := $(BIN)/python -m pytest -q
 # Two workers with one thread each: the models are too small for a second thread to gain anything.
-SUITE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+SUITE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 .PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench \
   bench-train-gpu bench-spikes bench-spikes-all soak soak-training soak-serving bench-gpu test-triton \
@@ -39,8 +39,7 @@ demo: setup      ## the whole way: base, conversion, training, spikes, server, r
 	$(BIN)/spikingbrain demo
 
 test: setup check ## everything CI runs
-	@# The slowest files first, or one worker ends alone.
-	$(SUITE) tests/training tests
+	$(SUITE) tests
 
 check: setup     ## lint, types, import rule
 	$(BIN)/ruff check .
