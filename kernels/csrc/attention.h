@@ -60,7 +60,6 @@ struct Document {
 // The places of a block that a query sees: `from .. to`.
 struct Span {
     int64_t from, to;
-    bool whole() const { return from == 0 && to == BLOCK; }
 };
 
 }  // namespace
