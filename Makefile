@@ -136,7 +136,7 @@ bench-spikes-all: setup ## one seed of every neuron in one plot, the tables over
 
 bench-firing: setup ## decoding at the 0.5B shape with the firing of the models that make bench-spikes trained
 	$(BIN)/spikingbrain bench firing --text demo-work/corpus/heldout --glob '*.py' \
-	  --recorded demo-work/bench-spikes-300x8/dead_zone-65-0/model demo-work/bench-spikes-300x8/dead_zone-50-0/model
+	  --recorded demo-work/bench-spikes-350x8/dead_zone-65-0/model demo-work/bench-spikes-350x8/dead_zone-50-0/model
 
 clean:           ## remove environments and what the demo made
 	rm -rf .venv .venv-* demo-work demo-report

@@ -11,12 +11,8 @@ interrupted run goes on from its last checkpoint. Writes benchmarks/results/spik
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -32,7 +28,6 @@ CALIBRATED = (0.3, 0.5, 0.65, 0.8)
 BASELINE = "adaptive k=3"
 
 Runs = dict[str, list[dict[str, Any]]]
-Call = Callable[[], dict[str, Any]]
 
 
 class Bench:
@@ -47,14 +42,12 @@ class Bench:
 
     def command(self, log: str, *words: object) -> None:
         """Run a subcommand, its output in `log`; raises CalledProcessError if it fails."""
-        threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
         with (self.work / f"{log}.log").open("a") as file:
             subprocess.run(
                 [str(Path(sys.executable).parent / "spikingbrain"), *map(str, words)],
                 check=True,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             )
 
     def texts(self, split: str) -> list[object]:
@@ -86,23 +79,16 @@ class Bench:
             self.command(name, "train", CONFIG, f"out={out}", f"seed={seed}", *size, *places, *settings)
         return self.measure(name, out / "model")
 
-    def together(self, calls: dict[str, list[Call]]) -> Runs:
-        """What the calls return, `jobs` of them at a time."""
-        with ThreadPoolExecutor(self.args.jobs) as pool:
-            futures = {name: [pool.submit(call) for call in row] for name, row in calls.items()}
-            return {name: [future.result() for future in row] for name, row in futures.items()}
-
     def trained(self) -> Runs:
         """`adaptive` and both targets of `dead_zone`, a row a seed; thresholds start where the target is met."""
-        calls: dict[str, list[Call]] = {}
+        rows: Runs = {BASELINE: [], **{f"dead_zone {target:.0%}": [] for target in TARGETS}}
         for seed in range(self.args.seeds):
-            run = partial(self.train, f"adaptive-k3-{seed}", self.model, seed, *plain("adaptive"))
-            calls.setdefault(BASELINE, []).append(run)
+            rows[BASELINE].append(self.train(f"adaptive-k3-{seed}", self.model, seed, *plain("adaptive")))
             for target in TARGETS:
                 wanted = [f"silence.target={target + MARGIN}", "silence.ramp=0"]
-                run = partial(self.train, f"dead_zone-{target * 100:.0f}-{seed}", self.silent(target), seed, *wanted)
-                calls.setdefault(f"dead_zone {target:.0%}", []).append(run)
-        return self.together(calls)
+                run = self.train(f"dead_zone-{target * 100:.0f}-{seed}", self.silent(target), seed, *wanted)
+                rows[f"dead_zone {target:.0%}"].append(run)
+        return rows
 
     def silent(self, target: float) -> Path:
         """`dead_zone` calibrated to a share of silence, spread by sensitivity."""
@@ -112,19 +98,18 @@ class Bench:
     def others(self) -> Runs:
         """`trained`, and one seed of every other neuron."""
         names = [name for name in registry.names("neurons") if name not in ("adaptive", "dead_zone")]
-        calls = {n: [partial(self.train, f"{n}-0", self.calibrate(n), 0, *plain(n))] for n in names}
-        return self.trained() | self.together(calls)
+        return self.trained() | {n: [self.train(f"{n}-0", self.calibrate(n), 0, *plain(n))] for n in names}
 
     def untrained(self) -> Runs:
         """`adaptive` at k = 2 to 4, as in the paper's Table 11, and `dead_zone` calibrated to shares of silence."""
-        calls: dict[str, list[Call]] = {"dense": [partial(self.measure, "untrained-dense", self.model)]}
+        rows = {"dense": [self.measure("untrained-dense", self.model)]}
         for k in KS:
             start = self.calibrate("adaptive", "--set", f"k={k}", name=f"k{k}")
-            calls[f"adaptive k={k}"] = [partial(self.measure, f"untrained-k{k}", start)]
+            rows[f"adaptive k={k}"] = [self.measure(f"untrained-k{k}", start)]
         for target in CALIBRATED:
             name = f"untrained-silent-{target * 100:.0f}"
-            calls[f"dead_zone {target:.0%}"] = [partial(self.measure, name, self.silent(target))]
-        return self.together(calls)
+            rows[f"dead_zone {target:.0%}"] = [self.measure(name, self.silent(target))]
+        return rows
 
     def readings(self) -> dict[str, Any]:
         """Every reading of "sparsity" at k = 3: noise, and the model's own activations."""
@@ -220,10 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["trained", "others", "untrained"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--sequences", type=int, default=8, help="sequences of 256 tokens a step")
     parser.add_argument("--tokens", type=int, default=49_152, help="held-out tokens")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the processors")
     parser.add_argument("--demo", default="demo-work", help="what the demo left")
     parser.add_argument("--results", default="benchmarks/results")
     args = parser.parse_args()

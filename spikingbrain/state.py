@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from spikingbrain_kernels import Slots, make_slots
+from spikingbrain_kernels import Slots
 
 LayerState = dict[str, Tensor | Slots]
 
@@ -112,9 +112,9 @@ class StatePool:
                     raise ValueError(f"{name} is {tuple(tensors[name].shape)}, the pool has {tuple(pool.shape[1:])}")
                 target.copy_(tensors[name])
 
-    def states(self, slots: list[int]) -> list[LayerState]:
-        """The states of a batch, a row each slot, to be updated in place; -1 is a padding row."""
-        return [{name: make_slots(pool, slots) for name, pool in layer.items()} for layer in self._pools]
+    def states(self, slots: Tensor) -> list[LayerState]:
+        """The states of a batch, a row each of `slots [B]`, to be updated in place; -1 is a padding row."""
+        return [{name: Slots(pool, slots) for name, pool in layer.items()} for layer in self._pools]
 
 
 class StateCache(Cache):

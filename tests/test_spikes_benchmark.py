@@ -29,7 +29,7 @@ def run(loss, silent):
 def bench(spikes, tmp_path, monkeypatch):
     """A bench whose commands only note that they were run and leave what they would."""
     demo = tmp_path / "demo"
-    args = argparse.Namespace(demo=str(demo), steps=2, sequences=1, seeds=3, tokens=9, jobs=2)
+    args = argparse.Namespace(demo=str(demo), steps=2, sequences=1, seeds=3, tokens=9)
     made = spikes.Bench(args)
     ran = []
 

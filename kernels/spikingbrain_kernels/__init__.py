@@ -24,7 +24,7 @@ from .ops import (
     wkv_step_,
 )
 from .packed import KINDS, Packed, pack, pack_codes
-from .slots import Carrier, Slots, make_slots
+from .slots import Carrier, Slots
 
 __all__ = [
     "BACKENDS",
@@ -46,7 +46,6 @@ __all__ = [
     "lif_scan_step_",
     "linear",
     "log_sigmoid",
-    "make_slots",
     "pack",
     "pack_codes",
     "rms_norm",

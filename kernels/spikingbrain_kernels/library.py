@@ -4,11 +4,14 @@ Built from `csrc/` by the package's own build; every kernel is in it once a leve
 best level this processor has is used unless another is asked for by name.
 """
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from ctypes import c_double, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +116,39 @@ def library(level: str | None = None) -> Library:
     return Library(level or choices[0])
 
 
+# Of each tensor whose address a function got, while calls are recorded.
+_KEPT: list[list[Tensor]] = []
+
+
 def address(x: Tensor | None) -> int | None:
-    """Where a tensor's data begins."""
+    """Where a tensor's data begins, for a function of the library."""
+    if _KEPT and x is not None:
+        _KEPT[0].append(x)
     return None if x is None else x.data_ptr()
+
+
+@contextlib.contextmanager
+def recorded(note: Callable[[Kernel, tuple[Any, ...]], None], kept: list[Tensor]) -> Iterator[None]:
+    """Call `note(function, args)` with each call of the best level's functions that this thread makes in the block.
+
+    `kept` gets all tensors whose addresses were taken, so that the same calls can be made again. One block at a time.
+    """
+    owner, functions = threading.get_ident(), library() if FILE.exists() else None
+
+    def listening(function: Kernel) -> Kernel:
+        def call(*args: Any) -> None:
+            function(*args)
+            if threading.get_ident() == owner:
+                note(function, args)
+
+        return call
+
+    plain = dict(vars(functions)) if functions else {}
+    _KEPT.append(kept)
+    try:
+        for name in SIGNATURES if functions else ():
+            setattr(functions, name, listening(plain[name]))
+        yield
+    finally:
+        vars(functions).update(plain) if functions else None
+        _KEPT.clear()

@@ -39,11 +39,6 @@ class Slots(NamedTuple):
         self.pool[self.rows[used]] = states[used].to(self.pool.dtype)
 
 
-def make_slots(pool: Tensor, rows: list[int]) -> Slots:
-    """`Slots` on the pool's own device."""
-    return Slots(pool, torch.tensor(rows, device=pool.device))
-
-
 def to_update(state: Tensor | Slots) -> tuple[Tensor | Slots, Tensor, Tensor | None]:
     """What to return as new state, the pool to write to, and the documents' slots in it (None: 0, 1, 2, ...)."""
     if isinstance(state, Slots):

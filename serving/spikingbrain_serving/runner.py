@@ -1,12 +1,12 @@
 """The model's step function over a pool of states: the only place where the engine computes."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spikingbrain.decoding import Decoder
 from spikingbrain.spiking import SpikeRecord, record_spikes
 from spikingbrain.state import StatePool
 
@@ -26,21 +26,30 @@ class ModelRunner:
         self._model = model
         self._pool = pool
         self._stats = stats
+        self._decoder = Decoder(model, pool)
 
     @torch.inference_mode()
     def prefill(self, sequence: Sequence, num_tokens: int) -> None:
         """Compute `num_tokens` more tokens of a sequence."""
-        start = sequence.num_computed
-        tokens = sequence.token_ids[start : start + num_tokens]
-        self._step([tokens], [list(range(start, start + num_tokens))], [sequence])
+        start, device = sequence.num_computed, self._model.device
+        tokens = torch.tensor([sequence.token_ids[start : start + num_tokens]], device=device)
+        positions = torch.arange(start, start + num_tokens, device=device)[None]
+        slots = torch.tensor([sequence.slot], device=device)
+        with self._stats.computing():
+            hidden, _ = self._model.step(tokens, self._pool.states(slots), positions=positions)
+        _advance([sequence], hidden[:, -1], num_tokens)
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> None:
         """Compute each sequence's newest token."""
-        tokens = [sequence.token_ids[-1:] for sequence in sequences]
-        positions = [[sequence.num_computed] for sequence in sequences]
-        with self._recording(sequences):
-            self._step(tokens, positions, sequences)
+        tokens = [sequence.token_ids[-1] for sequence in sequences]
+        positions = [sequence.num_computed for sequence in sequences]
+        slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
+        watched = [row for row, sequence in enumerate(sequences) if sequence.extras.spikes]
+        step = self._watched_step(sequences, watched) if watched else self._decoder
+        with self._stats.computing():
+            hidden = step(tokens, positions, slots)
+        _advance(sequences, hidden, 1)
 
     @torch.inference_mode()
     def logits(self, sequences: list[Sequence]) -> Tensor:
@@ -49,31 +58,25 @@ class ModelRunner:
         with self._stats.computing():
             return self._model.lm_head(hidden)
 
-    def _step(self, tokens: list[list[int]], positions: list[list[int]], sequences: list[Sequence]) -> None:
-        device = self._model.device
-        slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
-        with self._stats.computing():
-            hidden, _ = self._model.step(
-                torch.tensor(tokens, device=device),
-                self._pool.states(slots),
-                positions=torch.tensor(positions, device=device),
-            )
-        # A copy: a view would keep the hidden states of the whole chunk.
-        for sequence, row, last in zip(sequences, tokens, hidden[:, -1].clone(), strict=True):
-            sequence.num_computed += len(row)
-            sequence.hidden = last
+    def _watched_step(self, sequences: list[Sequence], watched: list[int]) -> Callable[..., Tensor]:
+        """A step that also gives the `watched` rows their spikes: the plain one, as hooks see no recorded one."""
 
-    @contextlib.contextmanager
-    def _recording(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Give the sequences that asked for it their spikes."""
-        wanted = [row for row, sequence in enumerate(sequences) if sequence.extras.spikes]
-        if not wanted:
-            yield
-            return
-        with record_spikes(self._model) as record:
-            yield
-        for row in wanted:
-            sequences[row].show_spikes(_raster(record, row))
+        def step(*inputs: list[int]) -> Tensor:
+            with record_spikes(self._model) as record:
+                hidden = self._decoder.plain(*(torch.tensor(values, device=self._model.device) for values in inputs))
+            for row in watched:
+                sequences[row].show_spikes(_raster(record, row))
+            return hidden
+
+        return step
+
+
+def _advance(sequences: list[Sequence], hidden: Tensor, num_tokens: int) -> None:
+    """Note the last `hidden [B, D]` of each sequence after `num_tokens` more tokens."""
+    # A copy: a view would keep the hidden states of the whole chunk, and a recorded step writes over them.
+    for sequence, last in zip(sequences, hidden.clone(), strict=True):
+        sequence.num_computed += num_tokens
+        sequence.hidden = last
 
 
 def _raster(record: SpikeRecord, row: int) -> dict[str, list[int]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from ..config import SpikingBrainConfig
+from ..decoding import Decoder
 from ..errors import InputError
 from ..files import read_json
 from ..model import SpikingBrainForCausalLM
@@ -33,12 +34,13 @@ class Replayed(SpikingNeuron):
     def __init__(self, neuron: SpikingNeuron, counts: Tensor):
         super().__init__(neuron.channels)
         self.neuron, self.counts = neuron, counts
-        self.calls = 0
+        # In a tensor, so that a recorded step counts on.
+        self.calls = torch.zeros(1, dtype=torch.long)
 
     def fire(self, x: Tensor) -> Spikes:
         """`x [..., C]` -> `Spikes`."""
-        counts = self.counts[self.calls % len(self.counts)].expand_as(x)
-        self.calls += 1
+        counts = self.counts.index_select(0, self.calls)[0].expand_as(x)
+        self.calls.add_(1).remainder_(len(self.counts))
         return Spikes(counts, self.neuron.fire(x).scale)
 
 
@@ -96,18 +98,16 @@ class OurDecoder:
 
     def __init__(self, model: Any, position: int):
         self.model, self.position = model, position
-        self._pool = StatePool(model.state_specs(), 1, "cpu")
-        self.slot = self._pool.allocate()
-        for layer in self._pool.states([self.slot]):
+        pool = StatePool(model.state_specs(), 1, "cpu")
+        self.slot, self.decoder = pool.allocate(), Decoder(model, pool)
+        for layer in pool.states(torch.tensor([self.slot])):
             states: list[Any] = list(layer.values())
             for state in states:
                 state.pool.normal_(std=0.1)  # as if `position` tokens had been read
 
     def step(self, token: int = 5) -> Tensor:
         """The logits after one more token."""
-        positions = torch.tensor([[self.position]])
-        hidden, _ = self.model.step(torch.tensor([[token]]), self._pool.states([self.slot]), positions=positions)
-        return self.model.lm_head(hidden[:, -1])
+        return self.model.lm_head(self.decoder([token], [self.position], [self.slot]))
 
 
 class TheirDecoder:

@@ -53,5 +53,5 @@ def read(model: SpikingBrainForCausalLM, length: int, chunk: int) -> Any:
     slot = pool.allocate()
     for start, part in zip(range(0, length, chunk), tokens.split(chunk, 1), strict=True):
         positions = torch.arange(start, start + part.shape[1])[None]
-        hidden, _ = model.step(part, pool.states([slot]), positions=positions)
+        hidden, _ = model.step(part, pool.states(torch.tensor([slot])), positions=positions)
     return model.lm_head(hidden[:, -1])

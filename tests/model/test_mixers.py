@@ -117,7 +117,7 @@ def test_a_freed_slot_starts_from_nothing(model):
     runs = []
     for _ in range(2):
         slot = pool.allocate()
-        runs.append(model.step(ids, pool.states([slot]), positions=positions)[0])
+        runs.append(model.step(ids, pool.states(torch.tensor([slot])), positions=positions)[0])
         pool.free(slot)
     assert torch.equal(*runs)
 

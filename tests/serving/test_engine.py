@@ -195,7 +195,7 @@ def test_a_failing_request_fails_alone(engine, prompt_tokens, reference, monkeyp
     def failing(tokens, positions, sequences):
         # Half of the batch's states are updated before the failure: all of them have to be computed again.
         if any(sequence.request_id == "bad" and sequence.output_token_ids for sequence in sequences):
-            first = next(iter(engine.pool.states([0])[0].values()))
+            first = next(iter(engine.pool.states(torch.tensor([0]))[0].values()))
             first.pool[[sequence.slot for sequence in sequences]] = 7
             raise RuntimeError("made to fail")
         return compute(tokens, positions, sequences)

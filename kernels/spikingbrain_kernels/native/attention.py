@@ -89,7 +89,7 @@ def _window_attention(
 ) -> Tensor:
     out = for_tokens(q, v.shape[3], tokens, q.dtype)
     call = _attention(q, k, v, sinks, tokens, starts, first, window, scale, pool=pool, slots=slots, out=out)
-    library().window_attention(ctypes.addressof(call), len(starts) - 1, torch.get_num_threads())
+    library().window_attention(ctypes.byref(call), len(starts) - 1, torch.get_num_threads())
     return out
 
 
@@ -134,7 +134,7 @@ def _window_attention_kept(
     """Outputs, and the logarithms of the sums of e^score `[B, T, H, 1]`, from which the backward pass starts."""
     out, kept = for_tokens(q, v.shape[3], tokens, q.dtype), for_tokens(q, 1, tokens, torch.float32)
     call = _attention(q, k, v, sinks, tokens, starts, first, window, scale, out=out, kept=kept)
-    library().window_attention(ctypes.addressof(call), len(starts) - 1, torch.get_num_threads())
+    library().window_attention(ctypes.byref(call), len(starts) - 1, torch.get_num_threads())
     return out, kept
 
 
@@ -162,7 +162,7 @@ def _window_attention_backward(
     gradients = _Gradients(*(address(x) for x in (gradient, delta, query, key, value, sink)))
     call = _attention(q, k, v, sinks, tokens, starts, first, window, scale, kept=kept)
     threads = torch.get_num_threads()
-    library().window_attention_backward(ctypes.addressof(call), ctypes.addressof(gradients), len(starts) - 1, threads)
+    library().window_attention_backward(ctypes.byref(call), ctypes.byref(gradients), len(starts) - 1, threads)
     return query, key, value, sink
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..layout import documents, token_stride
-from ..library import TYPES
+from ..library import TYPES, address
 
 
 class Tokens(ctypes.Structure):
@@ -22,7 +22,7 @@ class Tokens(ctypes.Structure):
 
 def tokens_of(x: Tensor) -> Tokens:
     """`x [B, T, ...]` as `by_token` gave it."""
-    return Tokens(x.data_ptr(), TYPES[x.dtype], token_stride(x))
+    return Tokens(address(x), TYPES[x.dtype], token_stride(x))
 
 
 def needs_gradients(*inputs: Any) -> bool:

@@ -72,8 +72,8 @@ def _by_token(x: Tensor) -> Tensor:
 
 
 def _channels(x: Tensor, out: Tensor, pool: Tensor, *documents: Tensor | None) -> _Channels:
-    data = (*(address(part) for part in documents), pool.data_ptr(), TYPES[pool.dtype])
-    return _Channels(tokens_of(x), *data, out.data_ptr(), x.shape[2])
+    data = (*(address(part) for part in documents), address(pool), TYPES[pool.dtype])
+    return _Channels(tokens_of(x), *data, address(out), x.shape[2])
 
 
 def _like_first(x: Tensor, *_: Any) -> Tensor:
@@ -93,7 +93,7 @@ def _wkv(
 ) -> Tensor:
     out, values = for_tokens(k, k.shape[2], tokens, k.dtype), tokens_of(v)
     call = _channels(k, out, pool, tokens, starts, slots)
-    addresses = (ctypes.addressof(call), ctypes.addressof(values), decay.data_ptr(), first.data_ptr())
+    addresses = (ctypes.byref(call), ctypes.byref(values), address(decay), address(first))
     library().wkv(*addresses, len(starts) - 1, torch.get_num_threads())
     return out
 
@@ -113,7 +113,7 @@ def _lif_scan(
     out = for_tokens(x, x.shape[2], tokens, x.dtype)
     call = _channels(x, out, pool, tokens, starts, slots)
     neuron = (tau, v_th, v_reset or 0.0, v_reset is None, decay_input)
-    library().lif_scan(ctypes.addressof(call), *neuron, len(starts) - 1, torch.get_num_threads())
+    library().lif_scan(ctypes.byref(call), *neuron, len(starts) - 1, torch.get_num_threads())
     return out
 
 
@@ -123,6 +123,6 @@ def _short_conv(
 ) -> Tensor:
     out = for_tokens(x, x.shape[2], tokens, x.dtype)
     call = _channels(x, out, pool, tokens, starts, slots)
-    size = (weight.data_ptr(), weight.shape[1], len(starts) - 1)
-    library().short_conv(ctypes.addressof(call), *size, torch.get_num_threads())
+    size = (address(weight), weight.shape[1], len(starts) - 1)
+    library().short_conv(ctypes.byref(call), *size, torch.get_num_threads())
     return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layout import by_token
-from ..library import TYPES, library
+from ..library import TYPES, address, library
 from .calls import kernel, tokens_of
 
 
@@ -69,16 +69,16 @@ def _counts_and_scale(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     out, width = x.new_empty(x.shape), x.shape[-1]
     rows = x.numel() // max(1, width)
-    data = (x.data_ptr(), TYPES[x.dtype], weight.data_ptr())
-    library().rms_norm(*data, epsilon, rows, width, out.data_ptr(), torch.get_num_threads())
+    data = (address(x), TYPES[x.dtype], address(weight))
+    library().rms_norm(*data, epsilon, rows, width, address(out), torch.get_num_threads())
     return out
 
 
 @kernel("encode_adaptive", _counts_and_scale)
 def _encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tensor, Tensor]:
     (counts, scale), width = _counts_and_scale(x), x.shape[-1]
-    data = (x.data_ptr(), TYPES[x.dtype], k, low, high)
-    library().encode_adaptive(*data, scale.numel(), width, counts.data_ptr(), scale.data_ptr(), torch.get_num_threads())
+    data = (address(x), TYPES[x.dtype], k, low, high)
+    library().encode_adaptive(*data, scale.numel(), width, address(counts), address(scale), torch.get_num_threads())
     return counts, scale
 
 
@@ -91,8 +91,8 @@ def _swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     to_gate, to_up = _like_both(gradient, gate, up)
     gradient, width = gradient.contiguous(), gate.shape[-1]
     rows = gate.numel() // max(1, width)
-    data = (gate.data_ptr(), up.data_ptr(), TYPES[gate.dtype], rows, width, gate.stride(0))
-    results = (gradient.data_ptr(), to_gate.data_ptr(), to_up.data_ptr())
+    data = (address(gate), address(up), TYPES[gate.dtype], rows, width, gate.stride(0))
+    results = (address(gradient), address(to_gate), address(to_up))
     library().swiglu_backward(*data, *results, torch.get_num_threads())
     return to_gate, to_up
 
@@ -101,8 +101,8 @@ def _swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out, width = gate.new_empty(gate.shape), gate.shape[-1]
     rows = gate.numel() // max(1, width)
-    data = (gate.data_ptr(), up.data_ptr(), TYPES[gate.dtype], rows, width, gate.stride(0))
-    library().swiglu(*data, out.data_ptr(), torch.get_num_threads())
+    data = (address(gate), address(up), TYPES[gate.dtype], rows, width, gate.stride(0))
+    library().swiglu(*data, address(out), torch.get_num_threads())
     return out
 
 
@@ -110,7 +110,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def _log_sigmoid(x: Tensor, divisor: float) -> Tensor:
     out, width = x.new_empty(x.shape, dtype=torch.float32), x.shape[-1]
     size = (x.numel() // max(1, width), width, x.stride(0))
-    library().log_sigmoid(x.data_ptr(), TYPES[x.dtype], divisor, *size, out.data_ptr(), torch.get_num_threads())
+    library().log_sigmoid(address(x), TYPES[x.dtype], divisor, *size, address(out), torch.get_num_threads())
     return out
 
 
@@ -123,7 +123,7 @@ def _turn_back(
 @kernel("rotary", _like_first, backward=_turn_back)
 def _rotary(x: Tensor, positions: Tensor, frequencies: Tensor, factor: float) -> Tensor:
     out, tokens = x.new_empty(x.shape), tokens_of(x)
-    angles = (positions.data_ptr(), frequencies.data_ptr(), factor)
+    angles = (address(positions), address(frequencies), factor)
     size = (x.shape[0] * x.shape[1], x.shape[2], x.shape[3], tokens.stride)
-    library().rotary(tokens.data, tokens.type, *angles, *size, out.data_ptr(), torch.get_num_threads())
+    library().rotary(tokens.data, tokens.type, *angles, *size, address(out), torch.get_num_threads())
     return out

@@ -59,7 +59,7 @@ def _multiply(
     shape, dtype = (*x.shape[:-1], out_features), x.dtype
     out = x.new_empty(shape, dtype=torch.float32) if dtype == torch.int16 else x.new_empty(shape)
     library().linear(
-        *(ctypes.addressof(packed), x.data_ptr(), TYPES[dtype], address(token_scale), address(bias)),
-        *(out.data_ptr(), TYPES[out.dtype], math.prod(shape[:-1]), counts, BREAK_EVEN_ROWS, torch.get_num_threads()),
+        *(ctypes.byref(packed), address(x), TYPES[dtype], address(token_scale), address(bias)),
+        *(address(out), TYPES[out.dtype], math.prod(shape[:-1]), counts, BREAK_EVEN_ROWS, torch.get_num_threads()),
     )
     return out

@@ -92,7 +92,7 @@ def _recur(
     call = _recurrence(q, k, v, log_decay, tokens, starts, scale, slots=slots, pool=pool, out=out)
     if beta is not None:
         call.beta = tokens_of(beta)
-    library().gated_linear(ctypes.addressof(call), len(starts) - 1, torch.get_num_threads())
+    library().gated_linear(ctypes.byref(call), len(starts) - 1, torch.get_num_threads())
     return out
 
 
@@ -133,7 +133,7 @@ def _gated_linear_kept(
     """Outputs, the new states, and the states before every chunk, from which the backward pass starts."""
     out, state, kept = _results_kept(q, v, state, tokens, starts)
     call = _recurrence(q, k, v, log_decay, tokens, starts, scale, pool=state, out=out, kept=kept)
-    library().gated_linear(ctypes.addressof(call), len(starts) - 1, torch.get_num_threads())
+    library().gated_linear(ctypes.byref(call), len(starts) - 1, torch.get_num_threads())
     return out, state, kept
 
 
@@ -166,7 +166,7 @@ def _gated_linear_backward(
     gradients = _Gradients(*(address(x) for x in (out, state, *found, first)))
     call = _recurrence(*inputs, tokens, starts, scale, kept=kept)
     threads = torch.get_num_threads()
-    library().gated_linear_backward(ctypes.addressof(call), ctypes.addressof(gradients), len(starts) - 1, threads)
+    library().gated_linear_backward(ctypes.byref(call), ctypes.byref(gradients), len(starts) - 1, threads)
     query, key, value, decay = found
     return query, key, value, decay, first
 

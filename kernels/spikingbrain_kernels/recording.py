@@ -1,0 +1,85 @@
+"""One run of a function on the CPU, kept as its C calls and torch ops, and made again without the Python around them.
+
+As with a CUDA graph everything that the run allocated stays where it is, so that its calls can be repeated as they are.
+"""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .library import recorded
+
+# What allocates without writing: the calls that write come after.
+ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+# The library's functions are the process's: one recording at a time.
+_LOCK = threading.Lock()
+
+
+class Recording:
+    """`function(*inputs)` run once; called, it runs again on other inputs of the same shapes.
+
+    A call gives the same `outputs` tensors as the run did, overwritten. What the function reads besides its inputs
+    (weights, pools) is read and written where it was. `why_not`: what cannot be repeated, a shape or a branch that
+    depends on data; None if everything can. The run itself was right all the same.
+    """
+
+    def __init__(self, function: Callable[..., Any], *inputs: Tensor):
+        self._inputs = tuple(x.clone() for x in inputs)
+        tape = _Tape()
+        with _LOCK, recorded(tape.note, tape.kept), tape:
+            self.outputs = function(*self._inputs)
+        self.why_not, self._calls, self._kept = tape.why_not, tape.calls, tape.kept
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The function's outputs for `inputs`; only where `why_not` is None."""
+        for own, x in zip(self._inputs, inputs, strict=True):
+            own.copy_(x)
+        for call, args in self._calls:
+            call(*args)
+        return self.outputs
+
+
+class _Tape(TorchDispatchMode):
+    """Notes every call that writes to memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self.kept: list[Tensor] = []
+        self.why_not: str | None = None
+
+    def note(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """A call to be made again."""
+        self.calls.append((function, args))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self.note(partial(func, **kwargs), args)
+        elif _depends_on_data(func, args):
+            self.why_not = self.why_not or f"{func} depends on data"
+        elif func.overloadpacket.__name__ not in ALLOCATIONS and not func.is_view:
+            self.note(partial(_again, partial(func, *args, **kwargs)), (result,))
+        return result
+
+
+def _again(run: Callable[[], Any], results: Tensor | tuple[Tensor, ...] | list[Tensor]) -> None:
+    """Run an op and put what it gives into the tensors that it gave the first time."""
+    if isinstance(results, Tensor):
+        results.copy_(run())
+        return
+    for own, new in zip(results, run(), strict=True):
+        own.copy_(new)
+
+
+def _depends_on_data(func: Any, args: Any) -> bool:
+    """Whether the shape or the value that Python sees comes from what is in the tensors."""
+    if func.overloadpacket is torch.ops.aten.index:
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    return bool({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags))
