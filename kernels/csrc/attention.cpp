@@ -176,7 +176,10 @@ void some_queries(const Document& d, int64_t group, int64_t from, int64_t to, Sc
     const int64_t low = larger(oldest(a, from), d.start());
     for (int64_t block = low / BLOCK * BLOCK; block < to; block += BLOCK) {
         read_block(a, larger(0, low - block), smaller(BLOCK, to - block), s.keys.data, s.values.data, s.rows.data,
-                   [&](int64_t j, int64_t part, float* row) { d.read(block + j, part, group, row); });
+                   [&](int64_t j, int64_t part, float* row) {
+                       d.fetch(block + j + BLOCK, part, group);
+                       d.read(block + j, part, group, row);
+                   });
         attend(a, from, to, s, [&](int64_t position) {
             return Span{larger(larger(oldest(a, position), d.start()) - block, 0), smaller(position + 1 - block, BLOCK)};
         });

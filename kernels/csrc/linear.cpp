@@ -19,6 +19,7 @@ constexpr int64_t NC = 256;         // outputs unpacked at once for many rows
 constexpr int64_t FETCHED = GROUP * 2 * W / NC;  // channels of the next block fetched while a tile is multiplied
 constexpr int64_t MAX_ROWS = 256;   // rows multiplied with one unpacked block
 constexpr int64_t MAX_SPARSE_ROWS = 8;
+constexpr int64_t AHEAD = 2048;     // bytes fetched ahead where no channel is left out
 
 enum Kind { FP32 = 0, HALF = 1, INT8 = 2 };
 
@@ -78,17 +79,16 @@ struct Pair {
     vi counts;
 };
 
-// `step` outputs from `n` on; fetches as many of the next run.
+// UNIT outputs from `n` on; fetches as many of what is read next.
 template <class T>
-void add(float* sums, const Run<T>& run, int64_t n, bool fetch) {
-    if (fetch)
-        for (size_t b = 0; b < UNIT * sizeof(T); b += 64) __builtin_prefetch((const char*)(run.next + n) + b);
+void add(float* sums, const Run<T>& run, int64_t n) {
+    for (size_t b = 0; b < UNIT * sizeof(T); b += 64) __builtin_prefetch((const char*)(run.next + n) + b);
 #pragma GCC unroll 16
     for (int i = 0; i < UNIT; i += W) store(sums + n + i, fma(load(run.row + n + i), run.value, load(sums + n + i)));
 }
 
 // The same for counts, in the order of `interleave`.
-void add(int32_t* sums, const Pair& pair, int64_t n, bool) {
+void add(int32_t* sums, const Pair& pair, int64_t n) {
     __builtin_prefetch(pair.next[0] + n);
     __builtin_prefetch(pair.next[1] + n);
 #pragma GCC unroll 16
@@ -110,7 +110,8 @@ struct Runs {
     const T* row(int64_t i) const { return base + (int64_t)list.index.data[smaller(i, list.end - 1)] * stride; }
     // The i-th, and, of counts, the one after it; those from `end` on count zero times.
     auto at(int64_t i, int64_t end, const float*) const {
-        return Run<T>{row(i), row(i + 2), splat(list.value.data[i])};
+        const T* next = list.end == list.in ? row(i) + AHEAD / sizeof(T) : row(i + 2);
+        return Run<T>{row(i), next, splat(list.value.data[i])};
     }
     auto at(int64_t i, int64_t end, const int32_t*) const {
         const float second = i + 1 < end ? list.value.data[i + 1] : 0.0f;
@@ -123,22 +124,21 @@ struct Runs {
 template <class T, class Acc>
 void stream(const Runs<T>& runs, const int64_t* begin, const int64_t* end, Acc (*sums)[MAX_PANEL], int64_t width) {
     constexpr int64_t step = (Acc)0.5f == 0 ? 2 : 1;
-    const bool fetch = runs.list.end < runs.list.in;
     int64_t i = begin[0], j = begin[1];
     for (; i < end[0] && j < end[1]; i += step, j += step) {
         const auto one = runs.at(i, end[0], sums[0]), other = runs.at(j, end[1], sums[1]);
         for (int64_t n = 0; n < width; n += UNIT) {
-            add(sums[0], one, n, fetch);
-            add(sums[1], other, n, fetch);
+            add(sums[0], one, n);
+            add(sums[1], other, n);
         }
     }
     for (; i < end[0]; i += step) {
         const auto one = runs.at(i, end[0], sums[0]);
-        for (int64_t n = 0; n < width; n += UNIT) add(sums[0], one, n, fetch);
+        for (int64_t n = 0; n < width; n += UNIT) add(sums[0], one, n);
     }
     for (; j < end[1]; j += step) {
         const auto other = runs.at(j, end[1], sums[1]);
-        for (int64_t n = 0; n < width; n += UNIT) add(sums[1], other, n, fetch);
+        for (int64_t n = 0; n < width; n += UNIT) add(sums[1], other, n);
     }
 }
 

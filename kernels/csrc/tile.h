@@ -38,17 +38,20 @@ static void tile_float(const float* tile, const float* x, int64_t in, int64_t de
     tile_of<M>(tile, 2 * W, x, in, 1, depth, scale, total, stride);
 }
 
-// total += x W for `rows` rows.
+// total += x W for `rows` rows. None is left over alone, if it can be helped: its few sums would wait for each other.
 static inline void tiles_of(int64_t rows, const float* w, int64_t next, const float* x, int64_t row, int64_t step,
                             int64_t depth, float* total, int64_t stride) {
-    for (; rows >= R; rows -= R, x += R * row, total += R * stride)
-        tile_of<R>(w, next, x, row, step, depth, nullptr, total, stride);
-    switch (rows) {
-        case 1: return tile_of<1>(w, next, x, row, step, depth, nullptr, total, stride);
-        case 2: return tile_of<2>(w, next, x, row, step, depth, nullptr, total, stride);
-        case 3: return tile_of<3>(w, next, x, row, step, depth, nullptr, total, stride);
-        case 4: return tile_of<4>(w, next, x, row, step, depth, nullptr, total, stride);
-        case 5: return tile_of<5>(w, next, x, row, step, depth, nullptr, total, stride);
+    while (rows > 0) {
+        const int64_t count = rows <= R ? rows : rows < 2 * R ? 4 : R;
+        switch (count) {
+            case 1: tile_of<1>(w, next, x, row, step, depth, nullptr, total, stride); break;
+            case 2: tile_of<2>(w, next, x, row, step, depth, nullptr, total, stride); break;
+            case 3: tile_of<3>(w, next, x, row, step, depth, nullptr, total, stride); break;
+            case 4: tile_of<4>(w, next, x, row, step, depth, nullptr, total, stride); break;
+            case 5: tile_of<5>(w, next, x, row, step, depth, nullptr, total, stride); break;
+            default: tile_of<R>(w, next, x, row, step, depth, nullptr, total, stride);
+        }
+        rows -= count, x += count * row, total += count * stride;
     }
 }
 

@@ -11,23 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .library import recorded
 
 # What allocates without writing: the calls that write come after.
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+# What `tolist` and `numpy` call before they read.
+READINGS = ("resolve_conj", "resolve_neg")
 # The library's functions are the process's: one recording at a time.
 _LOCK = threading.Lock()
 
 
 class Recording:
-    """`function(*inputs)` run once; called, it runs again on other inputs of the same shapes.
+    """`function(*inputs)` run once, in inference mode; called, it runs again on other inputs of the same shapes.
 
     A call gives the same `outputs` tensors as the run did, overwritten. What the function reads besides its inputs
     (weights, pools) is read and written where it was. `why_not`: what cannot be repeated, a shape or a branch that
     depends on data; None if everything can. The run itself was right all the same.
     """
 
+    @torch.inference_mode()
     def __init__(self, function: Callable[..., Any], *inputs: Tensor):
         self._inputs = tuple(x.clone() for x in inputs)
         tape = _Tape()
@@ -35,6 +39,7 @@ class Recording:
             self.outputs = function(*self._inputs)
         self.why_not, self._calls, self._kept = tape.why_not, tape.calls, tape.kept
 
+    @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> Any:
         """The function's outputs for `inputs`; only where `why_not` is None."""
         for own, x in zip(self._inputs, inputs, strict=True):
@@ -60,26 +65,35 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        given, results = _tensors(args), _tensors(result)
         if func._schema.is_mutable:
             self.note(partial(func, **kwargs), args)
-        elif _depends_on_data(func, args):
+        elif _depends_on_data(func, given, results):
             self.why_not = self.why_not or f"{func} depends on data"
-        elif func.overloadpacket.__name__ not in ALLOCATIONS and not func.is_view:
-            self.note(partial(_again, partial(func, *args, **kwargs)), (result,))
+        elif func.overloadpacket.__name__ not in ALLOCATIONS and not _views(results, given):
+            self.note(partial(_again, partial(func, *args, **kwargs)), (results,))
         return result
 
 
-def _again(run: Callable[[], Any], results: Tensor | tuple[Tensor, ...] | list[Tensor]) -> None:
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _views(results: list[Tensor], given: list[Tensor]) -> bool:
+    """Whether nothing was written: `reshape`, `contiguous` and `to` are views or copies, as it happens."""
+    memory = [{x.untyped_storage().data_ptr() for x in tensors} for tensors in (results, given)]
+    return memory[0] <= memory[1]
+
+
+def _again(run: Callable[[], Any], results: list[Tensor]) -> None:
     """Run an op and put what it gives into the tensors that it gave the first time."""
-    if isinstance(results, Tensor):
-        results.copy_(run())
-        return
-    for own, new in zip(results, run(), strict=True):
+    for own, new in zip(results, _tensors(run()), strict=True):
         own.copy_(new)
 
 
-def _depends_on_data(func: Any, args: Any) -> bool:
-    """Whether the shape or the value that Python sees comes from what is in the tensors."""
+def _depends_on_data(func: Any, given: list[Tensor], results: list[Tensor]) -> bool:
+    """Whether a shape, or what Python sees, comes from what is in the tensors."""
     if func.overloadpacket is torch.ops.aten.index:
-        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-    return bool({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags))
+        return any(x.dtype in (torch.bool, torch.uint8) for x in given[1:])
+    read = func.overloadpacket.__name__ in READINGS or (given and not results)
+    return bool(read or torch.Tag.dynamic_output_shape in func.tags)

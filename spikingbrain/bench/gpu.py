@@ -176,7 +176,7 @@ def decoder(model: Any, batch: int, device: str) -> Callable[[], Tensor]:
     """The step that gives the logits of one token more, over a pool of states as after two windows of tokens."""
     pool = StatePool(model.state_specs(), batch, device)
     slots = [pool.allocate() for _ in range(batch)]
-    states = pool.states(torch.tensor(slots)[torch.randperm(batch, device="cpu")].cuda())
+    states = pool.states(torch.tensor(slots)[torch.randperm(batch, device="cpu")].to(device))
     for layer in states:
         values: list[Any] = list(layer.values())
         for state in values:
@@ -206,7 +206,7 @@ def read(model: Any, length: int, chunk: int, device: str = "cuda") -> Tensor:
     """The logits after a prompt of `length` tokens, read `chunk` tokens at a time over a pool of one slot."""
     tokens = torch.randint(0, model.config.vocab_size, (1, length), device=device)
     pool = StatePool(model.state_specs(), 1, device)
-    states = pool.states(torch.tensor([pool.allocate()], device="cuda"))
+    states = pool.states(torch.tensor([pool.allocate()], device=device))
     for start, part in zip(range(0, length, chunk), tokens.split(chunk, 1), strict=True):
         positions = torch.arange(start, start + part.shape[1], device=device)[None]
         hidden, _ = model.step(part, states, positions=positions)

@@ -25,30 +25,39 @@ SIZES = (
 )
 
 
+class Replay:
+    """Counts that encoders fire, token after token, over and over; `now` are one token's, a view for each encoder."""
+
+    def __init__(self, counts: dict[str, Tensor], dtype: torch.dtype):
+        self._rows = torch.cat(list(counts.values()), 1).to(dtype)
+        self._token = self._rows[0].clone()
+        self._calls = 0
+        self.now = dict(zip(counts, self._token.split([part.shape[1] for part in counts.values()]), strict=True))
+
+    def advance(self) -> None:
+        """Go to the next token's counts."""
+        self._token.copy_(self._rows[self._calls % len(self._rows)])
+        self._calls += 1
+
+
 class Replayed(SpikingNeuron):
-    """A neuron whose counts are given, `counts [N, C]`: each call takes the next token's, over and over.
+    """A neuron whose counts are given. The neuron itself still runs, for its time and its scale."""
 
-    The neuron itself still runs, for its time and its scale.
-    """
-
-    def __init__(self, neuron: SpikingNeuron, counts: Tensor):
+    def __init__(self, neuron: SpikingNeuron, replay: Replay, name: str):
         super().__init__(neuron.channels)
-        self.neuron, self.counts = neuron, counts
-        # In a tensor, so that a recorded step counts on.
-        self.calls = torch.zeros(1, dtype=torch.long)
+        self.neuron, self.replay, self.counts = neuron, replay, replay.now[name]
 
     def fire(self, x: Tensor) -> Spikes:
         """`x [..., C]` -> `Spikes`."""
-        counts = self.counts.index_select(0, self.calls)[0].expand_as(x)
-        self.calls.add_(1).remainder_(len(self.counts))
-        return Spikes(counts, self.neuron.fire(x).scale)
+        return Spikes(self.counts.expand_as(x), self.neuron.fire(x).scale)
 
 
 def replay(model: Any, counts: dict[str, Tensor]) -> Any:
     """Let every spike encoder of `model` fire its `counts [N, C]`, token after token."""
+    source = Replay({name: counts[name] for name in encoders(model)}, model.dtype)
     for name, encoder in encoders(model).items():
         neuron: Any = encoder.neuron.neuron if isinstance(encoder.neuron, Replayed) else encoder.neuron
-        encoder.neuron = Replayed(neuron, counts[name].to(model.dtype))
+        encoder.neuron = Replayed(neuron, source, name)
     return model
 
 
@@ -100,6 +109,7 @@ class OurDecoder:
         self.model, self.position = model, position
         pool = StatePool(model.state_specs(), 1, "cpu")
         self.slot, self.decoder = pool.allocate(), Decoder(model, pool)
+        self._replay = next((module.replay for module in model.modules() if isinstance(module, Replayed)), None)
         for layer in pool.states(torch.tensor([self.slot])):
             states: list[Any] = list(layer.values())
             for state in states:
@@ -107,6 +117,8 @@ class OurDecoder:
 
     def step(self, token: int = 5) -> Tensor:
         """The logits after one more token."""
+        if self._replay:
+            self._replay.advance()
         return self.model.lm_head(self.decoder([token], [self.position], [self.slot]))
 
 

@@ -63,6 +63,16 @@ def start(out: Path, sequence: int = 1, expert: int = 1) -> World:
     return World(rank, size, device, *groups)
 
 
+def leave() -> None:
+    """Leave the process group, where all processes end: its threads must not outlive the interpreter, which aborts.
+
+    Not after an error of one process alone: with nccl it would wait for the others.
+    """
+    from deepspeed import comm
+
+    comm.destroy_process_group()
+
+
 def _keep_memory() -> None:
     """Let the C library keep what a step frees for the next step.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikingbrain.errors import InputError
 from spikingbrain.experts import record_routing
 
 from . import balance, checkpoint, distributed
@@ -40,6 +41,15 @@ def train(config: TrainConfig) -> None:
     if (config.out / MODEL).exists():
         return
     world = distributed.start(config.out, config.parallel.sequence, config.parallel.expert)
+    try:
+        _train(config, world)
+    except (InputError, OSError, Interrupted):
+        distributed.leave()
+        raise
+    distributed.leave()
+
+
+def _train(config: TrainConfig, world: World) -> None:
     stop = StopSignal()
     while True:
         try:
