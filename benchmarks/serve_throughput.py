@@ -37,6 +37,7 @@ from spikingbrain.files import read_json, write_json
 OURS = "{bin}/spikingbrain serve {model} --port {port} --served-model-name bench --max-num-seqs 16"
 CONFIG = Path(__file__).parent.parent / "configs" / "models" / "qwen2.5-0.5b-shape.json"
 READY_SECONDS = 300
+STOP_SECONDS = 20
 
 
 class Answer(NamedTuple):
@@ -149,9 +150,11 @@ def run(args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
         asyncio.run(measure(url, model, 1, argparse.Namespace(prompt_tokens=16, tokens=4)))
         return [asyncio.run(measure(url, model, streams, args)) for streams in args.streams]
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+            process.wait(STOP_SECONDS)
+            # A server may leave workers behind.
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> None:

@@ -190,17 +190,17 @@ def test_logprobs_are_those_of_the_model(llm, prompt_tokens, reference):
 
 
 def test_a_failing_request_fails_alone(engine, prompt_tokens, reference, monkeypatch):
-    compute = engine._runner._step
+    compute = engine._runner.decode
 
-    def failing(tokens, positions, sequences):
+    def failing(sequences):
         # Half of the batch's states are updated before the failure: all of them have to be computed again.
         if any(sequence.request_id == "bad" and sequence.output_token_ids for sequence in sequences):
             first = next(iter(engine.pool.states(torch.tensor([0]))[0].values()))
             first.pool[[sequence.slot for sequence in sequences]] = 7
             raise RuntimeError("made to fail")
-        return compute(tokens, positions, sequences)
+        return compute(sequences)
 
-    monkeypatch.setattr(engine._runner, "_step", failing)
+    monkeypatch.setattr(engine._runner, "decode", failing)
     for name, prompt in (("good", 0), ("bad", 2), ("fine", 3)):
         engine.add_request(name, prompt_tokens[prompt], GREEDY)
     outputs = drain(engine)

@@ -85,14 +85,19 @@ def test_a_preempted_output_is_not_computed_again(engine):
     for name in ("a", "b", "c"):
         engine.add_request(name, [5] * 30, PARAMS)
     computed = 0
-    compute = engine._runner._step
+    prefill, decode = engine._runner.prefill, engine._runner.decode
 
-    def counting(tokens, positions, sequences):
+    def counting_prefill(sequence, num_tokens):
         nonlocal computed
-        computed += sum(map(len, tokens))
-        return compute(tokens, positions, sequences)
+        computed += num_tokens
+        prefill(sequence, num_tokens)
 
-    engine._runner._step = counting
+    def counting_decode(sequences):
+        nonlocal computed
+        computed += len(sequences)
+        decode(sequences)
+
+    engine._runner.prefill, engine._runner.decode = counting_prefill, counting_decode
     drain(engine)
     assert engine.stats.preemptions >= 6
     assert computed == 3 * (30 + 39)
