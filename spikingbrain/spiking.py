@@ -73,7 +73,7 @@ class Silence:
 
 @contextlib.contextmanager
 def collect_silence(model: nn.Module) -> Iterator[Silence]:
-    """Collect the silence of every encoder while the block runs. The model's neurons have `silence(x)`.
+    """Collect the silence of every encoder while the block runs. The model's neurons have `silence(x, counts)`.
 
     An encoder without tokens, as in an expert that none was sent to, has no part in it.
     """
@@ -81,15 +81,16 @@ def collect_silence(model: nn.Module) -> Iterator[Silence]:
     sizes = weights_read_by(model)
 
     def listen(name: str):
-        def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def see(module: nn.Module, inputs: tuple[Tensor, ...], spikes: Spikes) -> None:
             tokens = inputs[0].shape[:-1].numel()
             if tokens:
-                silence.channels.append(module.neuron.silence(inputs[0]))  # type: ignore[operator, union-attr]
+                share = module.neuron.silence(inputs[0], spikes.counts)  # type: ignore[operator, union-attr]
+                silence.channels.append(share)
                 silence.weights.append(tokens * sizes[name])
 
         return see
 
-    handles = [encoder.register_forward_pre_hook(listen(name)) for name, encoder in encoders(model).items()]
+    handles = [encoder.register_forward_hook(listen(name)) for name, encoder in encoders(model).items()]
     try:
         yield silence
     finally:

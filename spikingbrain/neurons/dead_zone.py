@@ -45,16 +45,15 @@ class Neuron(SpikingNeuron):
         margin = wide.detach().abs() / mean - self.theta.clamp(min=0).to(wide.dtype)
         return Spikes(_Count.apply(wide, scale, margin, self.derivative).to(x.dtype), scale)
 
-    def silence(self, x: Tensor) -> Tensor:
-        """The share of silent channels of `x` (a scalar), differentiable in `theta` and, through |x|, in x.
+    def silence(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The share of 0 in the `counts` of `x` (a scalar), differentiable in `theta` and, through |x|, in x.
 
         The step is smoothed over `width`; the forward value is exact.
         """
         wide = widen(x)
         margin = (wide.abs() / mean_magnitude(wide) - self.theta.clamp(min=0).to(wide.dtype)) / self.width
         soft = torch.sigmoid(-4 * margin).mean()
-        with torch.no_grad():
-            exact = (self.fire(x).counts == 0).float().mean()
+        exact = (counts.detach() == 0).float().mean()
         return soft + (exact - soft).detach()
 
 

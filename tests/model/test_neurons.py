@@ -76,7 +76,7 @@ def test_dead_zone_gradients_are_straight_through_lsq_and_the_surrogate():
 def test_the_share_of_silence_is_exact_and_falls_with_a_gradient_on_thresholds_and_activations():
     x = torch.randn(30, 20, dtype=torch.float64, requires_grad=True)
     neuron = make("dead_zone", 20, theta=0.6)
-    share = neuron.silence(x)
+    share = neuron.silence(x, neuron(x).counts)
     share.backward()
     assert float(share) == pytest.approx(float((neuron(x).counts == 0).double().mean()))
     assert bool((neuron.theta.grad > 0).all())
