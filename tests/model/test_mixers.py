@@ -97,8 +97,8 @@ def test_packed_documents_equal_separate_ones_and_do_not_touch_each_other(model)
 def test_the_pool_gives_the_same_tokens_and_the_same_states_in_any_slot(model):
     ids = tokens(3, 11)
     pool = StatePool(model.state_specs(), num_slots=5, device="cpu", capacity=16)
-    slots = [pool.allocate() for _ in range(4)][1:]
     slots = torch.tensor([pool.allocate() for _ in range(4)][1:])
+    positions = torch.arange(11).expand(3, -1)
     plain, states = model.step(ids, first_states(model.state_specs(), 3, "cpu"), positions=positions)
     pooled = [model.step(ids[:, :7], pool.states(slots), positions=positions[:, :7])[0]]
     pooled += [
