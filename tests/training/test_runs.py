@@ -114,7 +114,11 @@ def train_with_nan(config) -> None:
                 handle.remove()
 
     training.train_step = train_step
-    training.train(config)
+    try:
+        training.train(config)
+    finally:
+        # However a run ends on all ranks: the group's threads would abort an interpreter that is gone.
+        assert not torch.distributed.is_initialized()
 
 
 def test_too_many_such_steps_end_the_run(make_config, ours):
