@@ -122,9 +122,11 @@ _KEPT: list[list[Tensor]] = []
 
 def address(x: Tensor | None) -> int | None:
     """Where a tensor's data begins, for a function of the library."""
-    if _KEPT and x is not None:
-        _KEPT[0].append(x)
-    return None if x is None else x.data_ptr()
+    if x is None:
+        return None
+    for kept in _KEPT:
+        kept.append(x)
+    return x.data_ptr()
 
 
 @contextlib.contextmanager
@@ -133,7 +135,7 @@ def recorded(note: Callable[[Kernel, tuple[Any, ...]], None], kept: list[Tensor]
 
     `kept` gets all tensors whose addresses were taken, so that the same calls can be made again. One block at a time.
     """
-    owner, functions = threading.get_ident(), library() if FILE.exists() else None
+    owner, functions = threading.get_ident(), library() if missing() is None else None
 
     def listening(function: Kernel) -> Kernel:
         def call(*args: Any) -> None:
@@ -150,5 +152,6 @@ def recorded(note: Callable[[Kernel, tuple[Any, ...]], None], kept: list[Tensor]
             setattr(functions, name, listening(plain[name]))
         yield
     finally:
-        vars(functions).update(plain) if functions else None
         _KEPT.clear()
+        if functions:
+            vars(functions).update(plain)
