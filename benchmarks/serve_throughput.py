@@ -150,11 +150,12 @@ def run(args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
         asyncio.run(measure(url, model, 1, argparse.Namespace(prompt_tokens=16, tokens=4)))
         return [asyncio.run(measure(url, model, streams, args)) for streams in args.streams]
     finally:
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(STOP_SECONDS)
-            # A server may leave workers behind.
-            os.killpg(process.pid, signal.SIGKILL)
+        # A server may not end, or leave workers behind.
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
 
 
 def main() -> None:
