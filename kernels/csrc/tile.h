@@ -4,16 +4,15 @@
 
 #define R 6  // rows of a tile; its width is 2W outputs
 
-// A tile of M rows and 2W outputs: total += x W over `depth` inputs, or, with a scale, total += scale * (x W). Input k
-// of row m lies at x[m * row + k * step], its weights at w + k * next.
-template <int M>
-static inline __attribute__((always_inline)) void tile_of(const float* w, int64_t next, const float* x, int64_t row,
-                                                          int64_t step, int64_t depth, const float* scale, float* total,
-                                                          int64_t stride) {
+// A tile of M rows and 2W outputs: total += x W over `depth` inputs. Input k of row m lies at x[m * row + k * step], its
+// weights at w + k * next.
+template <int M, class T>
+static inline __attribute__((always_inline)) void tile_of(const T* w, int64_t next, const float* x, int64_t row,
+                                                          int64_t step, int64_t depth, float* total, int64_t stride) {
     vf a[M][2];
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
-        for (int i = 0; i < 2; i++) a[m][i] = scale ? vf{} : load(total + m * stride + i * W);
+        for (int i = 0; i < 2; i++) a[m][i] = load(total + m * stride + i * W);
     for (int64_t k = 0; k < depth; k++) {
         vf b0 = load(w + k * next), b1 = load(w + k * next + W);
 #pragma GCC unroll 6
@@ -25,31 +24,25 @@ static inline __attribute__((always_inline)) void tile_of(const float* w, int64_
     }
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
-        for (int i = 0; i < 2; i++) {
-            float* t = total + m * stride + i * W;
-            store(t, scale ? load(t) + load(scale + i * W) * a[m][i] : a[m][i]);
-        }
+        for (int i = 0; i < 2; i++) store(total + m * stride + i * W, a[m][i]);
 }
 
-// The same for inputs and weights without gaps.
-template <int M>
-static void tile_float(const float* tile, const float* x, int64_t in, int64_t depth, const float* scale, float* total,
-                       int64_t stride) {
-    tile_of<M>(tile, 2 * W, x, in, 1, depth, scale, total, stride);
-}
+// Rows of the next tile: none is left over alone, if it can be helped, as its few sums would wait for each other.
+static inline int64_t rows_of_tile(int64_t rows) { return rows <= R ? rows : rows < 2 * R ? (rows + 1) / 2 : R; }
 
-// total += x W for `rows` rows. None is left over alone, if it can be helped: its few sums would wait for each other.
-static inline void tiles_of(int64_t rows, const float* w, int64_t next, const float* x, int64_t row, int64_t step,
+// The same for any number of rows.
+template <class T>
+static inline void tiles_of(int64_t rows, const T* w, int64_t next, const float* x, int64_t row, int64_t step,
                             int64_t depth, float* total, int64_t stride) {
     while (rows > 0) {
-        const int64_t count = rows <= R ? rows : rows < 2 * R ? 4 : R;
+        const int64_t count = rows_of_tile(rows);
         switch (count) {
-            case 1: tile_of<1>(w, next, x, row, step, depth, nullptr, total, stride); break;
-            case 2: tile_of<2>(w, next, x, row, step, depth, nullptr, total, stride); break;
-            case 3: tile_of<3>(w, next, x, row, step, depth, nullptr, total, stride); break;
-            case 4: tile_of<4>(w, next, x, row, step, depth, nullptr, total, stride); break;
-            case 5: tile_of<5>(w, next, x, row, step, depth, nullptr, total, stride); break;
-            default: tile_of<R>(w, next, x, row, step, depth, nullptr, total, stride);
+            case 1: tile_of<1>(w, next, x, row, step, depth, total, stride); break;
+            case 2: tile_of<2>(w, next, x, row, step, depth, total, stride); break;
+            case 3: tile_of<3>(w, next, x, row, step, depth, total, stride); break;
+            case 4: tile_of<4>(w, next, x, row, step, depth, total, stride); break;
+            case 5: tile_of<5>(w, next, x, row, step, depth, total, stride); break;
+            default: tile_of<R>(w, next, x, row, step, depth, total, stride);
         }
         rows -= count, x += count * row, total += count * stride;
     }

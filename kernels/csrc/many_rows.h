@@ -1,0 +1,226 @@
+// Many rows at once, in register tiles of at most R rows and 2W outputs.
+//
+// Weights are widened as they are read, once for each tile of rows: that takes no longer than reading them widened from a
+// cache. Only pairs of codes, whose order costs as much as adding them, are made once for many rows. Of few rows, which
+// wait for weights, a block is a few channels of a whole panel, one run of memory; else it is what stays in the caches.
+#pragma once
+#include "packed.h"
+
+namespace {
+
+constexpr int64_t FEW_ROWS = 4 * R;
+constexpr int64_t MAX_ROWS = 256;  // rows multiplied with one block
+
+// Inputs and outputs of a block of weights: of few rows some 40 KB.
+struct Shape {
+    int64_t depth, width;
+};
+
+Shape block_of(int64_t rows, int64_t kind) {
+    return rows <= FEW_ROWS ? Shape{kind == INT8 ? 64 : 16, MAX_PANEL} : Shape{GROUP, 256};
+}
+
+// Inputs `k .. k + depth` of rows `row .. row + rows`, to be multiplied with weights of 2W outputs; total [rows, 2W], of
+// integers if counts are multiplied.
+struct Piece {
+    const Call& call;
+    int64_t row, rows, k, depth;
+    float* total;
+};
+
+// Input k's outputs lie `k * next` further on.
+template <class T>
+struct Weights {
+    typedef float Acc;
+    const T* base;
+    int64_t next;
+
+    Weights at(int64_t n) const { return {base + n, next}; }
+    void multiply(const Piece& p) const {
+        const Call& call = p.call;
+        const float* x = call.x + p.row * call.stride + p.k;
+        tiles_of(p.rows, base, next, x, call.stride, 1, p.depth, p.total, 2 * W);
+    }
+};
+
+template <int M, class Source>
+void tile_counts(const Source weights, const int16_t* counts, int64_t stride, int64_t depth, int32_t* total) {
+    vi a[M][2];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < 2; i++) a[m][i] = load_int(total + (2 * m + i) * W);
+    for (int64_t k = 0; k < depth; k += 2) {
+        vi b0, b1;
+        weights.pair(k, depth, &b0, &b1);
+#pragma GCC unroll 6
+        for (int m = 0; m < M; m++) {
+            int32_t pair;
+            memcpy(&pair, counts + m * stride + k, 4);
+            vi c = splat_int(pair);
+            a[m][0] = dot_pairs(a[m][0], b0, c);
+            a[m][1] = dot_pairs(a[m][1], b1, c);
+        }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < 2; i++) store_int(total + (2 * m + i) * W, a[m][i]);
+}
+
+template <class Source>
+void multiply_counts(const Piece& p, const Source weights) {
+    const int64_t stride = p.call.stride;
+    const int16_t* counts = p.call.counts + p.row * stride + p.k;
+    int32_t* total = (int32_t*)p.total;
+    for (int64_t rows = p.rows; rows > 0;) {
+        const int64_t count = rows_of_tile(rows);
+        switch (count) {
+            case 1: tile_counts<1>(weights, counts, stride, p.depth, total); break;
+            case 2: tile_counts<2>(weights, counts, stride, p.depth, total); break;
+            case 3: tile_counts<3>(weights, counts, stride, p.depth, total); break;
+            case 4: tile_counts<4>(weights, counts, stride, p.depth, total); break;
+            case 5: tile_counts<5>(weights, counts, stride, p.depth, total); break;
+            default: tile_counts<R>(weights, counts, stride, p.depth, total);
+        }
+        rows -= count, counts += count * stride, total += count * 2 * W;
+    }
+}
+
+// Codes to be multiplied with counts, two inputs at a time in the order of `interleave`.
+struct Codes {
+    typedef int32_t Acc;
+    const int8_t* base;
+    int64_t next;
+
+    Codes at(int64_t n) const { return {base + n, next}; }
+    // Past an odd end the second input is the first one again; its count is zero.
+    void pair(int64_t k, int64_t depth, vi* low, vi* high) const {
+        const int8_t* one = base + k * next;
+        interleave(one, k + 1 < depth ? one + next : one, low, high);
+    }
+    void multiply(const Piece& p) const { multiply_counts(p, *this); }
+};
+
+// The same made once: [width / 2W][GROUP / 2][2W pairs].
+struct Pairs {
+    typedef int32_t Acc;
+    const int32_t* base;
+
+    Pairs at(int64_t n) const { return {base + n * GROUP / 2}; }
+    void pair(int64_t k, int64_t, vi* low, vi* high) const {
+        *low = load_int(base + k * W);
+        *high = load_int(base + k * W + W);
+    }
+    void multiply(const Piece& p) const { multiply_counts(p, *this); }
+};
+
+void unpack(const Codes& codes, int64_t depth, int64_t width, int32_t* pairs) {
+    for (int64_t n = 0; n < width; n += 2 * W)
+        for (int64_t k = 0; k < depth; k += 2) {
+            vi low, high;
+            codes.at(n).pair(k, depth, &low, &high);
+            store_int(pairs + n * GROUP / 2 + k * W, low);
+            store_int(pairs + n * GROUP / 2 + k * W + W, high);
+        }
+}
+
+// int8 weights, of floats or of counts, with a scale for each output: what is added up over a group is scaled at its end.
+template <class Source>
+struct Scaled {
+    Source weights;
+    const float* scale;
+    float* sums;  // [width / 2W, rows, 2W] of Source::Acc
+    int64_t rows;
+
+    Scaled at(int64_t n) const { return {weights.at(n), scale + n, sums + n * rows, rows}; }
+    void multiply(const Piece& p) const {
+        Piece group = p;
+        group.total = sums;
+        if (p.k % GROUP == 0) memset(sums, 0, rows * 2 * W * sizeof(float));
+        weights.multiply(group);
+        if ((p.k + p.depth) % GROUP && p.k + p.depth < p.call.w.in) return;
+        const auto* acc = (const typename Source::Acc*)sums;
+        for (int64_t row = 0; row < rows; row++) add_scaled(p.total + row * 2 * W, acc + row * 2 * W, scale, 2 * W);
+    }
+};
+
+// What `many_rows` computes in.
+struct Scratch {
+    Buffer<int32_t> pairs;
+    Buffer<float> total, sums;  // [2, width / 2W, rows, 2W] and [width / 2W, rows, 2W]
+
+    Scratch(int64_t rows, Shape block)
+        : pairs(GROUP / 2 * block.width), total(2 * rows * block.width), sums(rows * block.width) {}
+};
+
+// Fetch channels `from .. to` of a block of weights.
+template <class T>
+void fetch(const T* base, int64_t from, int64_t to, int64_t next, int64_t width) {
+    for (int64_t k = from; k < to; k++)
+        for (int64_t n = 0; n < width; n += 64 / (int64_t)sizeof(T)) __builtin_prefetch(base + k * next + n);
+}
+
+// A block of weights and what is fetched while it is multiplied: `following` channels after it.
+template <class T>
+struct Block {
+    const Columns& c;
+    const T* base;
+    int64_t depth, following;
+
+    template <class Source>
+    void multiply(Piece p, const Source& weights) const {
+        const T* next_block = base + depth * c.stride;
+        for (int64_t n = 0; n < c.width; n += 2 * W, p.total += 2 * W * p.rows) {
+            fetch(next_block, n * following / c.width, (n + 2 * W) * following / c.width, c.stride, c.width);
+            weights.at(n).multiply(p);
+        }
+    }
+};
+
+template <class T>
+Block<T> block_at(const Piece& p, const Columns& c, int64_t most) {
+    const Packed& w = p.call.w;
+    return {c, weights_of<T>(w, c) + p.k * c.stride, p.depth, smaller(most, w.in - p.k - p.depth)};
+}
+
+template <class T>
+void multiply_floats(const Piece& p, const Columns& c, int64_t most) {
+    const Block<T> block = block_at<T>(p, c, most);
+    block.multiply(p, Weights<T>{block.base, c.stride});
+}
+
+void multiply_int8(const Piece& p, const Columns& c, int64_t most, Scratch& scratch) {
+    const Packed& w = p.call.w;
+    const Block<int8_t> block = block_at<int8_t>(p, c, most);
+    const float* scale = w.scale + p.k / GROUP * padded(w.out, UNIT) + c.first;
+    float* sums = scratch.sums.data;
+    const Codes codes{block.base, c.stride};
+    if (!p.call.counts) {
+        block.multiply(p, Scaled<Weights<int8_t>>{{block.base, c.stride}, scale, sums, p.rows});
+    } else if (p.rows <= FEW_ROWS) {
+        block.multiply(p, Scaled<Codes>{codes, scale, sums, p.rows});
+    } else {
+        unpack(codes, p.depth, c.width, scratch.pairs.data);
+        block.multiply(p, Scaled<Pairs>{{scratch.pairs.data}, scale, sums, p.rows});
+    }
+}
+
+// Some outputs of rows `first .. first + rows`, over blocks of `most` inputs.
+void many_rows(const Call& call, int64_t first, int64_t rows, const Columns& c, int64_t most, Scratch& scratch) {
+    const Packed& w = call.w;
+    const int64_t half = w.kind == INT8 ? w.in : (groups_of(w.in) + 1) / 2 * GROUP;
+    float *one = scratch.total.data, *other = one + rows * c.width;
+    memset(one, 0, 2 * rows * c.width * sizeof(float));
+    for (int64_t k = 0; k < w.in; k += most) {
+        const Piece p{call, first, rows, k, smaller(most, w.in - k), k < half ? one : other};
+        if (w.kind == FP32) multiply_floats<float>(p, c, most);
+        if (w.kind == HALF) multiply_floats<bf16>(p, c, most);
+        if (w.kind == INT8) multiply_int8(p, c, most, scratch);
+    }
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t n = 0; n < c.width; n += 2 * W) {
+            const int64_t offset = n * rows + row * 2 * W;
+            finish(call, first + row, c.first + n, 2 * W, one + offset, other + offset);
+        }
+}
+
+}  // namespace

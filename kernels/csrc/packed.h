@@ -1,0 +1,86 @@
+// Packed weights, a product that is asked for, and what each thread of it computes.
+#pragma once
+#include "tile.h"
+
+namespace {
+
+constexpr int64_t UNIT = 64;         // outputs are padded to whole units; a unit is what a thread gets
+constexpr int64_t GROUP = 128;       // inputs that share a scale
+constexpr int64_t MAX_PANEL = 2048;  // outputs
+
+enum Kind { FP32 = 0, HALF = 1, INT8 = 2 };
+
+struct Packed {
+    const void* weight;
+    const float* scale;  // [in / 128, padded out], int8 only
+    int64_t in, out, panel, kind;
+};
+
+struct Call {
+    const Packed& w;
+    const float* x;         // [rows, stride]
+    const int16_t* counts;  // [rows, stride], or null: no integer path
+    const float* token_scale;
+    const float* bias;
+    void* out;
+    int64_t out_type, rows, stride;
+};
+
+// Outputs `first .. first + width`, and the panel that they are part of.
+struct Columns {
+    int64_t first, width, panel_start, stride;
+};
+
+int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t groups_of(int64_t in) { return (in + GROUP - 1) / GROUP; }
+
+// Weights of some columns: those of input k lie `k * columns.stride` further on.
+template <class T>
+const T* weights_of(const Packed& w, const Columns& c) {
+    return (const T*)w.weight + c.panel_start * w.in + (c.first - c.panel_start);
+}
+
+// total += scale * acc; integers are in the order of `interleave`.
+void add_scaled(float* total, const float* acc, const float* scale, int64_t width) {
+    for (int64_t n = 0; n < width; n += W) store(total + n, load(total + n) + load(scale + n) * load(acc + n));
+}
+
+void add_scaled(float* total, const int32_t* acc, const float* scale, int64_t width) {
+    for (int64_t n = 0; n < width; n += 2 * W) {
+        vi first, second;
+        in_order(load_int(acc + n), load_int(acc + n + W), &first, &second);
+        store(total + n, load(total + n) + load(scale + n) * to_float(first));
+        store(total + n + W, load(total + n + W) + load(scale + n + W) * to_float(second));
+    }
+}
+
+// Outputs `column .. column + width` of a row from the sums over both halves of its inputs.
+void finish(const Call& call, int64_t row, int64_t column, int64_t width, const float* one, const float* other) {
+    const float scale = call.token_scale ? call.token_scale[row] : 1.0f;
+    const float* bias = call.bias ? call.bias + column : nullptr;
+    width = smaller(width, call.w.out - column);
+    if (call.out_type == F32) {
+        float* out = (float*)call.out + row * call.w.out + column;
+        for (int64_t n = 0; n < width; n++) out[n] = (one[n] + other[n]) * scale + (bias ? bias[n] : 0.0f);
+    } else {
+        bf16* out = (bf16*)call.out + row * call.w.out + column;
+        for (int64_t n = 0; n < width; n++) out[n] = narrow((one[n] + other[n]) * scale + (bias ? bias[n] : 0.0f));
+    }
+}
+
+// Calls work(columns) for each part of this thread's share of the outputs, none wider than `widest` or than a panel.
+template <class Work>
+void share(const Packed& w, int64_t thread, int64_t threads, int64_t widest, Work work) {
+    const int64_t units = padded(w.out, UNIT) / UNIT;
+    const int64_t end = units * (thread + 1) / threads * UNIT;
+    for (int64_t column = units * thread / threads * UNIT; column < end;) {
+        const int64_t start = column / w.panel * w.panel;
+        const int64_t stride = smaller(w.panel, units * UNIT - start);
+        const int64_t width = smaller(smaller(end, start + stride) - column, widest);
+        work(Columns{column, width, start, stride});
+        column += width;
+    }
+}
+
+}  // namespace
