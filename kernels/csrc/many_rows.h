@@ -44,7 +44,8 @@ struct Weights {
 };
 
 template <int M, class Source>
-void tile_counts(const Source weights, const int16_t* counts, int64_t stride, int64_t depth, int32_t* total) {
+__attribute__((noinline)) void tile_counts(const Source weights, const int16_t* counts, int64_t stride, int64_t depth,
+                                           int32_t* total) {
     vi a[M][2];
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)

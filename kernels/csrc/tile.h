@@ -5,10 +5,11 @@
 #define R 6  // rows of a tile; its width is 2W outputs
 
 // A tile of M rows and 2W outputs: total += x W over `depth` inputs. Input k of row m lies at x[m * row + k * step], its
-// weights at w + k * next.
+// weights at w + k * next. A function of its own, as in a larger one the compiler keeps some of the sums in memory, and
+// then it takes twice as long.
 template <int M, class T>
-static inline __attribute__((always_inline)) void tile_of(const T* w, int64_t next, const float* x, int64_t row,
-                                                          int64_t step, int64_t depth, float* total, int64_t stride) {
+static __attribute__((noinline)) void tile_of(const T* w, int64_t next, const float* x, int64_t row, int64_t step,
+                                              int64_t depth, float* total, int64_t stride) {
     vf a[M][2];
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)

@@ -48,6 +48,13 @@ def test_the_share_of_weights_not_read_is_the_target_and_differs_between_layers(
     assert unread(model, rows[:, :-1])["unread_weights"] == figures["unread_weights"]
 
 
+def test_a_low_rank_gate_is_not_silenced_as_nothing_is_saved_there(model, rows):
+    calibrate(model, rows, 0.9)
+    thetas = {name: encoder.neuron.theta for name, encoder in encoders(model).items()}
+    assert sum("gate_down" in name for name in thetas) == 2
+    assert all(bool(theta.any()) != ("gate_down" in name) for name, theta in thetas.items())
+
+
 def test_calibration_leaves_gradients_and_weights_alone(model, rows):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".neuron." not in name}
     calibrate(model, rows, 0.5)
