@@ -4,6 +4,7 @@ As with a CUDA graph everything that the run allocated stays where it is, so tha
 """
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -47,6 +48,16 @@ class Recording:
         for call, args in self._calls:
             call(*args)
         return self.outputs
+
+    @torch.inference_mode()
+    def seconds_outside(self) -> float:
+        """What one more run takes besides the C functions: the calls themselves, and ops of torch."""
+        inside, begin = 0.0, time.perf_counter()
+        for call, args in self._calls:
+            start = time.perf_counter()
+            call(*args)
+            inside += time.perf_counter() - start if hasattr(call, "argtypes") else 0.0
+        return time.perf_counter() - begin - inside
 
 
 class _Tape(TorchDispatchMode):

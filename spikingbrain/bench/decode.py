@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> list[Row]:
     for name, model, size in _models(args):
         config = model.config
         for position in args.positions:
-            rows.append(_row(name, OurDecoder(model, position), position, size, roof, args.tokens))
+            decoder = OurDecoder(model, position)
+            outside = {"outside kernels ms": decoder.seconds_outside() * 1e3}
+            rows.append(_row(name, decoder, position, size, roof, args.tokens) | outside)
     for dtype in ("bf16", "fp32"):
         peer = qwen2(config, dtype)
         size = sum(parameter.nbytes for parameter in peer.parameters())
