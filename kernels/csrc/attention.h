@@ -6,11 +6,6 @@ namespace {
 
 constexpr int64_t BLOCK = 64;  // keys
 
-struct Tensor {
-    const void* data;
-    int64_t type, stride;  // elements from token to token
-};
-
 struct Attention {
     Tensor q, k, v;
     const int64_t *tokens, *starts, *first, *slots;  // first: position of each document's first new token
@@ -24,8 +19,6 @@ struct Attention {
 };
 
 int64_t padded(int64_t n) { return (n + 2 * W - 1) / (2 * W) * 2 * W; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Document {
     const Attention& a;

@@ -11,11 +11,6 @@ namespace {
 constexpr int64_t SLICE = 128;      // channels of a task
 constexpr int64_t ALONE = 1 << 14;  // channels times tokens for which it is not worth waking other threads
 
-struct Tensor {
-    const void* data;
-    int64_t type, stride;  // elements from token to token
-};
-
 struct Channels {
     Tensor x;
     const int64_t *tokens, *starts, *slots;  // tokens: null for 0, 1, 2, ...; slots: null for the document's number

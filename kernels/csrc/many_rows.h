@@ -1,15 +1,16 @@
 // Many rows at once, in register tiles of at most R rows and 2W outputs.
 //
-// Weights are widened as they are read, once for each tile of rows: that takes no longer than reading them widened from a
-// cache. Only pairs of codes, whose order costs as much as adding them, are made once for many rows. Of few rows, which
-// wait for weights, a block is a few channels of a whole panel, one run of memory; else it is what stays in the caches.
+// Of few rows, which wait for weights, a block is a few channels of a whole panel, one run of memory, and weights are
+// widened as they are read. Else it is what stays in the second cache, and the weights of a tile are widened once for all
+// its rows.
 #pragma once
 #include "packed.h"
 
 namespace {
 
 constexpr int64_t FEW_ROWS = 4 * R;
-constexpr int64_t MAX_ROWS = 256;  // rows multiplied with one block
+constexpr int64_t MAX_ROWS = 256;   // rows multiplied with one block
+constexpr int64_t MAX_DEPTH = 256;  // its inputs; a scale is one group's
 
 // Inputs and outputs of a block of weights: of few rows some 40 KB.
 struct Shape {
@@ -17,7 +18,8 @@ struct Shape {
 };
 
 Shape block_of(int64_t rows, int64_t kind) {
-    return rows <= FEW_ROWS ? Shape{kind == INT8 ? 64 : 16, MAX_PANEL} : Shape{GROUP, 256};
+    if (rows <= FEW_ROWS) return {kind == INT8 ? 64 : 16, MAX_PANEL};
+    return {kind == INT8 ? GROUP : MAX_DEPTH, 256};
 }
 
 // Inputs `k .. k + depth` of rows `row .. row + rows`, to be multiplied with weights of 2W outputs; total [rows, 2W], of
@@ -39,7 +41,11 @@ struct Weights {
     void multiply(const Piece& p) const {
         const Call& call = p.call;
         const float* x = call.x + p.row * call.stride + p.k;
-        tiles_of(p.rows, base, next, x, call.stride, 1, p.depth, p.total, 2 * W);
+        if (p.rows <= FEW_ROWS) return tiles_of(p.rows, base, next, x, call.stride, 1, p.depth, p.total, 2 * W);
+        alignas(64) float tile[MAX_DEPTH * 2 * W];
+        for (int64_t k = 0; k < p.depth; k++)
+            for (int i = 0; i < 2 * W; i += W) store(tile + k * 2 * W + i, load(base + k * next + i));
+        tiles_of(p.rows, tile, 2 * W, x, call.stride, 1, p.depth, p.total, 2 * W);
     }
 };
 
@@ -86,6 +92,16 @@ void multiply_counts(const Piece& p, const Source weights) {
     }
 }
 
+// Pairs of codes, [depth / 2][2W pairs].
+struct Pairs {
+    const int32_t* base;
+
+    void pair(int64_t k, int64_t, vi* low, vi* high) const {
+        *low = load_int(base + k * W);
+        *high = load_int(base + k * W + W);
+    }
+};
+
 // Codes to be multiplied with counts, two inputs at a time in the order of `interleave`.
 struct Codes {
     typedef int32_t Acc;
@@ -98,31 +114,18 @@ struct Codes {
         const int8_t* one = base + k * next;
         interleave(one, k + 1 < depth ? one + next : one, low, high);
     }
-    void multiply(const Piece& p) const { multiply_counts(p, *this); }
-};
-
-// The same made once: [width / 2W][GROUP / 2][2W pairs].
-struct Pairs {
-    typedef int32_t Acc;
-    const int32_t* base;
-
-    Pairs at(int64_t n) const { return {base + n * GROUP / 2}; }
-    void pair(int64_t k, int64_t, vi* low, vi* high) const {
-        *low = load_int(base + k * W);
-        *high = load_int(base + k * W + W);
-    }
-    void multiply(const Piece& p) const { multiply_counts(p, *this); }
-};
-
-void unpack(const Codes& codes, int64_t depth, int64_t width, int32_t* pairs) {
-    for (int64_t n = 0; n < width; n += 2 * W)
-        for (int64_t k = 0; k < depth; k += 2) {
+    void multiply(const Piece& p) const {
+        if (p.rows <= FEW_ROWS) return multiply_counts(p, *this);
+        alignas(64) int32_t pairs[GROUP * W];
+        for (int64_t k = 0; k < p.depth; k += 2) {
             vi low, high;
-            codes.at(n).pair(k, depth, &low, &high);
-            store_int(pairs + n * GROUP / 2 + k * W, low);
-            store_int(pairs + n * GROUP / 2 + k * W + W, high);
+            pair(k, p.depth, &low, &high);
+            store_int(pairs + k * W, low);
+            store_int(pairs + k * W + W, high);
         }
-}
+        multiply_counts(p, Pairs{pairs});
+    }
+};
 
 // int8 weights, of floats or of counts, with a scale for each output: what is added up over a group is scaled at its end.
 template <class Source>
@@ -146,11 +149,9 @@ struct Scaled {
 
 // What `many_rows` computes in.
 struct Scratch {
-    Buffer<int32_t> pairs;
     Buffer<float> total, sums;  // [2, width / 2W, rows, 2W] and [width / 2W, rows, 2W]
 
-    Scratch(int64_t rows, Shape block)
-        : pairs(GROUP / 2 * block.width), total(2 * rows * block.width), sums(rows * block.width) {}
+    Scratch(int64_t rows, Shape block) : total(2 * rows * block.width), sums(rows * block.width) {}
 };
 
 // Fetch channels `from .. to` of a block of weights.
@@ -194,25 +195,21 @@ void multiply_int8(const Piece& p, const Columns& c, int64_t most, Scratch& scra
     const Block<int8_t> block = block_at<int8_t>(p, c, most);
     const float* scale = w.scale + p.k / GROUP * padded(w.out, UNIT) + c.first;
     float* sums = scratch.sums.data;
-    const Codes codes{block.base, c.stride};
-    if (!p.call.counts) {
+    if (p.call.counts)
+        block.multiply(p, Scaled<Codes>{{block.base, c.stride}, scale, sums, p.rows});
+    else
         block.multiply(p, Scaled<Weights<int8_t>>{{block.base, c.stride}, scale, sums, p.rows});
-    } else if (p.rows <= FEW_ROWS) {
-        block.multiply(p, Scaled<Codes>{codes, scale, sums, p.rows});
-    } else {
-        unpack(codes, p.depth, c.width, scratch.pairs.data);
-        block.multiply(p, Scaled<Pairs>{{scratch.pairs.data}, scale, sums, p.rows});
-    }
 }
 
 // Some outputs of rows `first .. first + rows`, over blocks of `most` inputs.
 void many_rows(const Call& call, int64_t first, int64_t rows, const Columns& c, int64_t most, Scratch& scratch) {
     const Packed& w = call.w;
-    const int64_t half = w.kind == INT8 ? w.in : (groups_of(w.in) + 1) / 2 * GROUP;
+    const int64_t half = w.kind == INT8 ? w.in : smaller(w.in, (groups_of(w.in) + 1) / 2 * GROUP);
     float *one = scratch.total.data, *other = one + rows * c.width;
     memset(one, 0, 2 * rows * c.width * sizeof(float));
-    for (int64_t k = 0; k < w.in; k += most) {
-        const Piece p{call, first, rows, k, smaller(most, w.in - k), k < half ? one : other};
+    for (int64_t k = 0, depth; k < w.in; k += depth) {
+        depth = smaller(most, (k < half ? half : w.in) - k);
+        const Piece p{call, first, rows, k, depth, k < half ? one : other};
         if (w.kind == FP32) multiply_floats<float>(p, c, most);
         if (w.kind == HALF) multiply_floats<bf16>(p, c, most);
         if (w.kind == INT8) multiply_int8(p, c, most, scratch);

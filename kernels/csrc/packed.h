@@ -32,7 +32,6 @@ struct Columns {
 };
 
 int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t groups_of(int64_t in) { return (in + GROUP - 1) / GROUP; }
 
 // Weights of some columns: those of input k lie `k * columns.stride` further on.

@@ -12,11 +12,6 @@ constexpr int HEADS = 8;       // query heads at once
 constexpr int64_t CHUNK = 16;  // tokens from one kept state to the next
 constexpr int64_t ALONE = 1 << 16;  // elements of state for which it is not worth waking other threads
 
-struct Tensor {
-    const void* data;
-    int64_t type, stride;  // elements from token to token
-};
-
 struct Recurrence {
     Tensor q, k, v, decay;
     const int64_t *tokens, *starts, *slots;  // tokens: null for 0, 1, 2, ...; slots: null for the document's number

@@ -141,6 +141,15 @@ static inline T* at(T* base, int64_t type, int64_t element) {
     return (T*)((char*)base + element * (type == F32 ? 4 : 2));
 }
 
+// An input with a row for each token.
+struct Tensor {
+    const void* data;
+    int64_t type, stride;  // elements from token to token
+};
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
 // acc += products of int16 pairs, summed in pairs.

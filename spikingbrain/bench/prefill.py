@@ -16,9 +16,10 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model CONFIG --layers N --lengths N ... --peer-up-to N --repeats N --chunk N"""
+    """--model CONFIG --layers N --dtypes fp32 ... --lengths N ... --peer-up-to N --repeats N --chunk N"""
     parser.add_argument("--model", default="configs/models/qwen2.5-0.5b-shape.json", help="config file of the shape")
     parser.add_argument("--layers", type=int, help="use only so many layers")
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096], help="tokens of the prompt")
     parser.add_argument("--peer-up-to", type=int, default=4096, help="Qwen2 reads no longer prompt (square)")
     parser.add_argument("--repeats", type=int, default=3, help="prompts timed, of which the median is shown")
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[Row]:
     """A row for each model and length."""
     rows: list[Row] = []
-    for dtype in ("fp32", "bf16"):
+    for dtype in args.dtypes:
         model = ours(args.model, dtype, args.layers)
         expected = read(model, 70, args.chunk)
         prepare(model, dtype)

@@ -110,7 +110,7 @@ static void check_channels(int64_t tokens, int64_t channels, int64_t taps) {
     Floats decay(channels, -1.0f), first(channels, 0.5f), weight = random_floats(channels * taps);
     const int64_t starts[] = {0, tokens / 2, tokens}, slots[] = {1, -1};
     channels_file::Channels c{{k.data(), F32, channels}, nullptr, starts, slots, pool.data(), F32, out.data(), channels};
-    const channels_file::Tensor values{v.data(), F32, channels};
+    const Tensor values{v.data(), F32, channels};
     channels_file::SYMBOL(LEVEL, wkv)(&c, &values, decay.data(), first.data(), 2, 3);
     for (float x : out) expect(x == x, "wkv");
     channels_file::SYMBOL(LEVEL, lif_scan)(&c, 2.0f, 1.0f, 0.0f, tokens % 2, 1, 2, 3);

@@ -12,7 +12,7 @@ from ..backends import after
 from ..layout import by_token, documents
 from ..library import TYPES, address, library
 from ..slots import Slots, to_update
-from .calls import Tokens, for_tokens, kernel, needs_gradients, starts_of, tokens_of
+from .calls import Tokens, as_wide_as_v, for_tokens, kernel, needs_gradients, starts_of, tokens_of
 
 
 class _Attention(ctypes.Structure):
@@ -69,11 +69,7 @@ def window_attention(
     return _window_attention(q, k, v, sinks, pool, slots, tokens, starts, first.contiguous(), window, scale), state
 
 
-def _empty(q: Tensor, *others: Any) -> Tensor:
-    return q.new_empty(*q.shape[:3], others[1].shape[3])  # as wide as v
-
-
-@kernel("window_attention_", _empty, mutates=("pool",))
+@kernel("window_attention_", as_wide_as_v, mutates=("pool",))
 def _window_attention(
     q: Tensor,
     k: Tensor,

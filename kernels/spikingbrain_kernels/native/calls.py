@@ -55,6 +55,11 @@ def kernel(
     return wrap
 
 
+def as_wide_as_v(q: Tensor, *others: Any) -> Tensor:
+    """In place of what an op of q, k, v and more gives: `[B, T, H, V]`."""
+    return q.new_empty(*q.shape[:3], others[1].shape[3])
+
+
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]

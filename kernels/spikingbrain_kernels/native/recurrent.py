@@ -11,7 +11,7 @@ from torch.library import custom_op
 from ..layout import by_token
 from ..library import address, library
 from ..slots import Slots, to_update
-from .calls import Tokens, for_tokens, kernel, needs_gradients, starts_of, tokens_of
+from .calls import Tokens, as_wide_as_v, for_tokens, kernel, needs_gradients, starts_of, tokens_of
 
 # Tokens from one state kept for the backward pass to the next; as in the C sources.
 CHUNK = 16
@@ -71,11 +71,7 @@ def gated_delta(
     return _recur(q, k, v, log_decay, beta, pool, slots, tokens, starts, scale), state
 
 
-def _empty(q: Tensor, *others: Any) -> Tensor:
-    return q.new_empty(*q.shape[:3], others[1].shape[3])  # as wide as v
-
-
-@kernel("recur_", _empty, mutates=("pool",))
+@kernel("recur_", as_wide_as_v, mutates=("pool",))
 def _recur(
     q: Tensor,
     k: Tensor,
