@@ -4,9 +4,10 @@
     python benchmarks/spikes.py others       one seed of these and of every other neuron, in one plot
     python benchmarks/spikes.py untrained    tables over k and over calibrated silence, and the readings at k = 3
 
-Needs what `make demo` leaves in demo-work/. Each trained run starts from the same model, sees the same tokens in the
-same order for its seed and has the same teacher and learning rates. What is finished is not made again, and an
-interrupted run goes on from its last checkpoint. Writes benchmarks/results/spikes-PART.json and .svg, prints a table.
+Needs what `make demo` leaves in demo-work/. Each trained run starts from the same model, the demo's with its residual
+stream along its principal axes (the same function), sees the same tokens in the same order for its seed and has the
+same teacher and learning rates. What is finished is not made again, and an interrupted run goes on from its last
+checkpoint. Writes benchmarks/results/spikes-PART.json and .svg, prints a table.
 """
 
 import argparse
@@ -36,7 +37,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.demo = Path(args.demo)
-        self.model = self.demo / "pretrain" / "model"
+        self.plain = self.demo / "pretrain" / "model"
         self.work = self.demo / f"bench-spikes-{args.steps}x{args.sequences}"
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -54,13 +55,21 @@ class Bench:
         """Where the texts of a split are, as options."""
         return ["--text", self.demo / "corpus" / split, "--glob", "*.py"]
 
-    def calibrate(self, neuron: str, *settings: str, name: str = "") -> Path:
-        """The demo's trained model with calibrated spikes."""
+    @property
+    def rotated(self) -> Path:
+        """The demo's trained model along its principal axes."""
+        out = self.work / "rotated"
+        if not out.exists():
+            self.command("rotated", "rotate", self.plain, out, *self.texts("train"), "--num-texts", 64)
+        return out
+
+    def calibrate(self, model: Path, neuron: str, *settings: str, name: str = "") -> Path:
+        """A model with calibrated spikes."""
         name = f"calibrated-{name or neuron}"
         if not (self.work / name).exists():
             # `adaptive` has nothing to measure.
             texts = [] if neuron == "adaptive" else [*self.texts("train"), "--num-texts", 64]
-            self.command(name, "spike", self.model, self.work / name, "--neuron", neuron, *texts, *settings)
+            self.command(name, "spike", model, self.work / name, "--neuron", neuron, *texts, *settings)
         return self.work / name
 
     def measure(self, name: str, model: Path) -> dict[str, Any]:
@@ -75,7 +84,7 @@ class Bench:
         out = self.work / name
         if not (out / "model").exists():
             size = [f"steps={self.args.steps}", f"batch.sequences={self.args.sequences}"]
-            places = [f"model.init_from={start}", f"teacher={self.model}", f"data.path={self.demo / 'data'}"]
+            places = [f"model.init_from={start}", f"teacher={self.plain}", f"data.path={self.demo / 'data'}"]
             self.command(name, "train", CONFIG, f"out={out}", f"seed={seed}", *size, *places, *settings)
         return self.measure(name, out / "model")
 
@@ -83,46 +92,52 @@ class Bench:
         """`adaptive` and both targets of `dead_zone`, a row a seed; thresholds start where the target is met."""
         rows: Runs = {BASELINE: [], **{f"dead_zone {target:.0%}": [] for target in TARGETS}}
         for seed in range(self.args.seeds):
-            rows[BASELINE].append(self.train(f"adaptive-k3-{seed}", self.model, seed, *plain("adaptive")))
+            rows[BASELINE].append(self.train(f"adaptive-k3-{seed}", self.rotated, seed, *of_neuron("adaptive")))
             for target in TARGETS:
                 wanted = [f"silence.target={target + MARGIN}", "silence.ramp=0"]
-                run = self.train(f"dead_zone-{target * 100:.0f}-{seed}", self.silent(target), seed, *wanted)
+                start = self.silent(self.rotated, target)
+                run = self.train(f"dead_zone-{target * 100:.0f}-{seed}", start, seed, *wanted)
                 rows[f"dead_zone {target:.0%}"].append(run)
         return rows
 
-    def silent(self, target: float) -> Path:
+    def silent(self, model: Path, target: float) -> Path:
         """`dead_zone` calibrated to a share of silence, spread by sensitivity."""
         settings = ["--set", "k=6", "--target-silence", str(target)]
-        return self.calibrate("dead_zone", *settings, name=f"dead_zone-{target * 100:.0f}")
+        name = f"dead_zone-{target * 100:.0f}" + ("-plain" if model == self.plain else "")
+        return self.calibrate(model, "dead_zone", *settings, name=name)
 
     def others(self) -> Runs:
-        """`trained`, and one seed of every other neuron."""
+        """`trained`, and one seed of every other neuron and of what is not rotated."""
         names = [name for name in registry.names("neurons") if name not in ("adaptive", "dead_zone")]
-        return self.trained() | {n: [self.train(f"{n}-0", self.calibrate(n), 0, *plain(n))] for n in names}
+        rows = self.trained()
+        rows |= {n: [self.train(f"{n}-0", self.calibrate(self.rotated, n), 0, *of_neuron(n))] for n in names}
+        rows["adaptive k=3, not rotated"] = [self.train("adaptive-k3-plain-0", self.plain, 0, *of_neuron("adaptive"))]
+        return rows
 
     def untrained(self) -> Runs:
         """`adaptive` at k = 2 to 4, as in the paper's Table 11, and `dead_zone` calibrated to shares of silence."""
-        rows = {"dense": [self.measure("untrained-dense", self.model)]}
+        rows = {"dense": [self.measure("untrained-dense", self.plain)]}
         for k in KS:
-            start = self.calibrate("adaptive", "--set", f"k={k}", name=f"k{k}")
+            start = self.calibrate(self.plain, "adaptive", "--set", f"k={k}", name=f"k{k}")
             rows[f"adaptive k={k}"] = [self.measure(f"untrained-k{k}", start)]
         for target in CALIBRATED:
-            name = f"untrained-silent-{target * 100:.0f}"
-            rows[f"dead_zone {target:.0%}"] = [self.measure(name, self.silent(target))]
+            for model, note in ((self.rotated, ""), (self.plain, ", not rotated")):
+                start = self.silent(model, target)
+                rows[f"dead_zone {target:.0%}{note}"] = [self.measure(f"un{start.name}", start)]
         return rows
 
     def readings(self) -> dict[str, Any]:
         """Every reading of "sparsity" at k = 3: noise, and the model's own activations."""
         file = self.work / "energy.json"
         if not file.exists():
-            start = self.calibrate("adaptive", "--set", "k=3", name="k3")
+            start = self.calibrate(self.plain, "adaptive", "--set", "k=3", name="k3")
             self.command("energy", "energy", start, *self.texts("heldout"), "--json", file)
         return json.loads(file.read_text())["readings"]
 
 
-def plain(neuron: str) -> list[str]:
+def of_neuron(name: str) -> list[str]:
     """What turns the config's run into one of another neuron, without a target."""
-    return [f"spiking={{neuron: {neuron}, code: bitwise}}", "silence=null"]
+    return [f"spiking={{neuron: {name}, code: bitwise}}", "silence=null"]
 
 
 def spread(values: list[float]) -> dict[str, Any]:

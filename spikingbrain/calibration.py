@@ -82,7 +82,7 @@ def turn_on_spikes(
         for module in model.modules():
             if isinstance(module, SpikingLinear):
                 module.weight.data = ternary(module.weight.data)
-    rows = _rows(path, texts, num_texts, context) if texts else None
+    rows = token_rows(path, texts, num_texts, context) if texts else None
     thresholds = calibrate(model, rows, silence)
     if weights == "int8":
         quantize_projections(model)
@@ -94,7 +94,8 @@ def turn_on_spikes(
     return thresholds
 
 
-def _rows(path: str | Path, texts: list[Path], num_texts: int, context: int) -> Tensor:
+def token_rows(path: str | Path, texts: list[Path], num_texts: int, context: int) -> Tensor:
+    """`num_texts` pieces of texts as token ids `[N, context + 1]`; raises `InputError` where no text is that long."""
     tokenizer = load_tokenizer(path)
     tokenizer.model_max_length = int(1e9)
     rows = list(pieces(tokenizer, texts, context, num_texts * context))

@@ -27,6 +27,7 @@ def test_doctor_says_which_backend_serves_which_op(capfd):
 BAD = {
     "convert": ["nowhere", "out"],
     "eval": ["nowhere", "--text", __file__],
+    "rotate": ["nowhere", "out", "--text", __file__],
     "spike": ["nowhere", "out"],
     "import": ["nowhere", "out"],
     "export": ["nowhere", "out"],

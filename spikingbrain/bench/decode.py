@@ -1,9 +1,11 @@
-"""Tokens a second of one sequence at several positions: packed in fp32, bf16, int8, with spikes; Qwen2 beside them."""
+"""Tokens a second of one sequence at several positions: packed in bf16, int8, with spikes; a Qwen2 beside them.
+
+The Qwen2 runs in Hugging Face's library and, where these are installed, in llama.cpp and vLLM.
+"""
 
 import argparse
 import copy
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,9 +13,9 @@ import torch
 from ..packing import prepare
 from . import Row, read_bandwidth, require_close, seconds
 from .models import ADAPTIVE, OurDecoder, TheirDecoder, ours, qwen2, silence
+from .peers import LlamaCpp, Vllm, lacking
 
-TOLERANCE = {"bf16": 5e-2, "int8": 0.15}
-PEERS = {"llama_cpp": "llama.cpp", "vllm": "vLLM"}
+TOLERANCE = {"bf16": 5e-2, "int8": 0.15, "q8_0": 0.15}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +38,39 @@ def run(args: argparse.Namespace) -> list[Row]:
             decoder = OurDecoder(model, position)
             outside = {"outside kernels ms": decoder.seconds_outside() * 1e3}
             rows.append(_row(name, decoder, position, size, roof, args.tokens) | outside)
-    for dtype in ("bf16", "fp32"):
+    for dtype in ("fp32", "bf16"):
         peer = qwen2(config, dtype)
-        size = sum(parameter.nbytes for parameter in peer.parameters())
+        size = bytes_of(peer)
         for position in args.peer_positions:
             rows.append(_row(f"Qwen2 {dtype}", TheirDecoder(peer, position), position, size, roof, args.tokens))
-        del peer
-    return rows + [{"model": f"{peer}: not installed"} for name, peer in PEERS.items() if find_spec(name) is None]
+    for name, rows_of in (("llama.cpp", _llama_cpp), ("vLLM", _vllm)):
+        missing = lacking(name)
+        rows += [{"model": f"{name}: {', '.join(missing)} not installed"}] if missing else rows_of(peer, roof, args)
+    return rows
+
+
+def bytes_of(model: Any) -> int:
+    """Bytes of all weights of a model that is not packed."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _llama_cpp(model: Any, roof: float, args: argparse.Namespace) -> Iterator[Row]:
+    text = list(range(5, 12))
+    expected = model(torch.tensor([text])).logits[0, -1]
+    for kind, bits in (("bf16", 16), ("q8_0", 8.5)):
+        peer = LlamaCpp(model, kind, max(args.peer_positions) + len(text) + args.tokens)
+        require_close(f"llama.cpp in {kind}", peer.read(text), expected, TOLERANCE[kind])
+        size = bytes_of(model) / 16 * bits
+        for position in sorted(args.peer_positions):
+            peer.go_to(position)
+            yield _row(f"llama.cpp {kind}", peer, position, size, roof, args.tokens)
+        peer.close()
+
+
+def _vllm(model: Any, roof: float, args: argparse.Namespace) -> Iterator[Row]:
+    peer = Vllm(model, max(args.peer_positions))
+    for position in args.peer_positions:
+        yield _figures("vLLM bf16", position, bytes_of(model), roof, peer.seconds_a_token(position))
 
 
 def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any, int]]:
@@ -69,7 +97,10 @@ def packed_bytes(model: Any) -> int:
     return sum(module.packed.nbytes for module in model.modules() if hasattr(module, "by_name"))
 
 
-def _row(name: str, decoder: Any, position: int, weight_bytes: int, roof: float, tokens: int) -> Row:
-    took = seconds(lambda _: decoder.step(), repeats=tokens, warm_up=2)
+def _row(name: str, decoder: Any, position: int, weight_bytes: float, roof: float, tokens: int) -> Row:
+    return _figures(name, position, weight_bytes, roof, seconds(lambda _: decoder.step(), repeats=tokens, warm_up=2))
+
+
+def _figures(name: str, position: int, weight_bytes: float, roof: float, took: float) -> Row:
     figures = {"ms": took * 1e3, "tokens/s": 1 / took, "weights GB": weight_bytes / 1e9}
     return {"model": name, "position": position, **figures, "weights/read roof": weight_bytes / roof / took}
