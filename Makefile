@@ -7,6 +7,8 @@ PEAK_TFLOPS ?= 989
 TRITON := 3.9.0
 OLDER_TRANSFORMERS := 5.19.0
 VLLM := 0.32.0
+# The level's flags, where this processor has it.
+AVX512 := $(if $(shell grep -m1 -o avx512_vnni /proc/cpuinfo),"avx512 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni")
 PYTEST := $(BIN)/python -m pytest -q
 # Two workers with one thread each: the models are too small for a second thread to gain anything.
 SUITE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
@@ -55,7 +57,7 @@ test-transformers: ## smoke test on an older transformers, in an environment of 
 
 sanitize:        ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@mkdir -p build
-	for level in "baseline" "avx2 -mavx2 -mfma"; do \
+	for level in "baseline" "avx2 -mavx2 -mfma" $(AVX512); do \
 	  $(CXX) -std=c++17 -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
 	    -DLEVEL=$$level kernels/csrc/check/check.cpp -o build/sanitize && build/sanitize || exit 1; \
 	done

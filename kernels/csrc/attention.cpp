@@ -18,16 +18,33 @@ int64_t oldest(const Attention& a, int64_t position) {
     return position >= a.window ? position - a.window + 1 : 0;
 }
 
-// W rows of `width` floats, one after another, as columns of a tile of keys.
-void put_keys(const float* rows, int64_t width, float* tile) {
-    const int64_t wide = padded(width);
-    for (int64_t i = 0; i < width; i += W) {
-        vf block[W];
-        for (int64_t j = 0; j < W; j++) block[j] = load(rows + j * wide + i);
-        transpose(block);
-        for (int64_t j = 0; j < smaller(W, width - i); j++) store(tile + (i + j) * 2 * W, block[j]);
+// W rows, `stride` apart, as columns of a tile of keys; they can be read to the next multiple of four.
+void put_keys(const float* rows, int64_t stride, int64_t width, float* tile) {
+    for (int64_t i = 0; i < width; i += 4) {
+        vf columns[4];
+        four_columns(rows + i, stride, columns);
+        for (int64_t j = 0; j < smaller(4, width - i); j++) store(tile + (i + j) * 2 * W, columns[j]);
     }
 }
+
+// The same for an even number of elements apart and whole groups of eight; a column of 32 bits is two of them.
+void put_keys(const bf16* rows, int64_t stride, int64_t width, float* tile) {
+    for (int64_t i = 0; i < width; i += 8) {
+        vf columns[4];
+        four_columns((const float*)(rows + i), stride / 2, columns);
+        for (int64_t j = 0; j < 4; j++) {
+            store(tile + (i + 2 * j) * 2 * W, (vf)((vi)columns[j] << 16));
+            store(tile + (i + 2 * j + 1) * 2 * W, (vf)((vi)columns[j] & (int32_t)0xffff0000));
+        }
+    }
+}
+
+// Where the values of place j begin: `base + j * next`; the element i of a whole tile lies `i * column` further on.
+template <class T>
+struct Values {
+    const T* base;
+    int64_t next, column;
+};
 
 // Keys `[width][64]` and values `[64][width]` of a block's places `low..high` as tiles, read by `read(place, part, row)`;
 // other places are zeros. `rows [W, padded width]` is room to read to.
@@ -41,7 +58,7 @@ void read_block(const Attention& a, int64_t low, int64_t high, float* keys, floa
                 read(first + j, 0, rows + j * wide);
             else
                 memset(rows + j * wide, 0, wide * sizeof(float));
-        put_keys(rows, width, keys + first / (2 * W) * width * 2 * W + first % (2 * W));
+        put_keys(rows, wide, width, keys + first / (2 * W) * width * 2 * W + first % (2 * W));
     }
     memset(rows, 0, wide * sizeof(float));
     for (int64_t j = 0; j < BLOCK; j++) {
@@ -123,66 +140,99 @@ void end_queries(const Document& d, int64_t group, int64_t from, int64_t to, con
 }
 
 // sums += weights * values for `rows` rows and the places of a block that all of them see.
-void add_values(const Attention& a, int64_t row, int64_t rows, const Span& seen, Scratch& s) {
+template <class T>
+void add_values(const Attention& a, int64_t row, int64_t rows, const Span& seen, const Values<T>& values, Scratch& s) {
     const int64_t wide = padded(a.width);
     for (int64_t i = 0; i < wide && seen.from < seen.to; i += 2 * W)
-        tiles_float(rows, s.values.data + i * BLOCK + seen.from * 2 * W, s.scores.data + row * BLOCK + seen.from, BLOCK,
-                    seen.to - seen.from, s.sums.data + row * wide + i, wide);
+        tiles_of(rows, values.base + i * values.column + seen.from * values.next, values.next,
+                 s.scores.data + row * BLOCK + seen.from, BLOCK, 1, seen.to - seen.from, s.sums.data + row * wide + i,
+                 wide);
 }
 
 // The same for all rows of the queries at `from .. to`, several at once. What a query does not see is not multiplied,
 // as zero times infinity is not zero: the first and last places that some of them see are taken one query at a time.
-template <class Seen>
-void add_values(const Attention& a, int64_t from, int64_t to, Scratch& s, Seen seen) {
+template <class T, class Seen>
+void add_values(const Attention& a, int64_t from, int64_t to, const Values<T>& values, Scratch& s, Seen seen) {
     const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group;
-    for (int64_t row = 0; row < rows; row += R) {
-        const int64_t count = smaller(R, rows - row);
+    for (int64_t row = 0, count; row < rows; row += count) {
+        count = rows_of_tile(rows - row);
         const auto span = [&](int64_t n) { return seen(from + (row + n) / per_group); };
         // Spans only move forward from one query to the next.
         const int64_t low = span(count - 1).from, high = larger(low, span(0).to);
-        for (int64_t n = 0; n < count; n++) add_values(a, row + n, 1, {span(n).from, smaller(low, span(n).to)}, s);
-        add_values(a, row, count, {low, high}, s);
-        for (int64_t n = 0; n < count; n++) add_values(a, row + n, 1, {larger(high, span(n).from), span(n).to}, s);
+        for (int64_t n = 0; n < count; n++)
+            add_values(a, row + n, 1, Span{span(n).from, smaller(low, span(n).to)}, values, s);
+        add_values(a, row, count, Span{low, high}, values, s);
+        for (int64_t n = 0; n < count; n++)
+            add_values(a, row + n, 1, Span{larger(high, span(n).from), span(n).to}, values, s);
     }
 }
 
-// Let the queries at `from .. to` attend to the block in `s`, of which the one at `position` sees `seen(position)`.
-template <class Seen>
-void attend(const Attention& a, int64_t from, int64_t to, Scratch& s, Seen seen) {
+// Let the queries at `from .. to` attend to a block whose keys are in `s`, of which the one at `position` sees
+// `seen(position)`. `fetch(j)` is called on the way, for every tile of places.
+template <class T, class Seen, class Fetch>
+void attend(const Attention& a, int64_t from, int64_t to, const Values<T>& values, Scratch& s, Seen seen, Fetch fetch) {
     const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group, wide = padded(a.width);
     memset(s.scores.data, 0, rows * BLOCK * sizeof(float));
-    for (int64_t j = 0; j < BLOCK; j += 2 * W)
+    for (int64_t j = 0; j < BLOCK; j += 2 * W) {
+        fetch(j);
         tiles_float(rows, s.keys.data + j * a.width, s.queries.data, a.width, a.width, s.scores.data + j, BLOCK);
+    }
     for (int64_t row = 0; row < rows; row++) {
         const float keep = soften(s.scores.data + row * BLOCK, seen(from + row / per_group), s.maximum.data + row,
                                   s.total.data + row);
         for (int64_t i = 0; i < wide; i += W)
             store(s.sums.data + row * wide + i, load(s.sums.data + row * wide + i) * splat(keep));
     }
-    add_values(a, from, to, s, seen);
+    add_values(a, from, to, values, s, seen);
+}
+
+// Let few queries attend to a block where it lies, whole, in the ring. The next one is fetched on the way, piece by piece,
+// as the processor stops where too much is under way.
+template <class T, class Seen>
+void attend_in_ring(const Document& d, int64_t group, int64_t from, int64_t to, int64_t block, Scratch& s, Seen seen) {
+    const Attention& a = d.a;
+    const int64_t next = block + BLOCK;
+    for (int64_t j = 0; j < BLOCK; j += W) {
+        d.fetch(next + j, next + j + W, 0, group);
+        put_keys((const T*)d.ring(block + j, 0, group), d.stride(), a.width,
+                 s.keys.data + j / (2 * W) * a.width * 2 * W + j % (2 * W));
+    }
+    attend(a, from, to, Values<T>{(const T*)d.ring(block, 1, group), d.stride(), 1}, s, seen,
+           [&](int64_t j) __attribute__((always_inline)) { d.fetch(next + j, next + j + 2 * W, 1, group); });
 }
 
 // The queries at positions `from .. to` for the heads of one group.
 void some_queries(const Document& d, int64_t group, int64_t from, int64_t to, Scratch& s) {
     const Attention& a = d.a;
     begin_queries(d, group, from, to, s);
+    const Values<float> copied{s.values.data, 2 * W, BLOCK};
+    const auto nothing = [](int64_t) {};
     for (int64_t first = 0; first < a.num_sinks; first += BLOCK) {
         const int64_t count = smaller(BLOCK, a.num_sinks - first);
         read_block(a, 0, count, s.keys.data, s.values.data, s.rows.data, [&](int64_t j, int64_t part, float* row) {
             memcpy(row, a.sinks + (((first + j) * 2 + part) * a.groups + group) * a.width, a.width * sizeof(float));
         });
-        attend(a, from, to, s, [&](int64_t) { return Span{0, count}; });
+        attend(a, from, to, copied, s, [&](int64_t) { return Span{0, count}; }, nothing);
     }
     const int64_t low = larger(oldest(a, from), d.start());
+    const bool few = (to - from) * (a.heads / a.groups) <= 2 * R;
     for (int64_t block = low / BLOCK * BLOCK; block < to; block += BLOCK) {
+        const auto seen = [&](int64_t position) {
+            return Span{larger(larger(oldest(a, position), d.start()) - block, 0), smaller(position + 1 - block, BLOCK)};
+        };
+        if (few && low <= block && d.in_a_row(block)) {
+            if (a.pool_type == F32)
+                attend_in_ring<float>(d, group, from, to, block, s, seen);
+            else
+                attend_in_ring<bf16>(d, group, from, to, block, s, seen);
+            continue;
+        }
         read_block(a, larger(0, low - block), smaller(BLOCK, to - block), s.keys.data, s.values.data, s.rows.data,
                    [&](int64_t j, int64_t part, float* row) {
-                       d.fetch(block + j + BLOCK, part, group);
+                       d.fetch(block + j + BLOCK, block + j + BLOCK + 1, part, group);
                        d.read(block + j, part, group, row);
                    });
-        attend(a, from, to, s, [&](int64_t position) {
-            return Span{larger(larger(oldest(a, position), d.start()) - block, 0), smaller(position + 1 - block, BLOCK)};
-        });
+        attend(a, from, to, copied, s, seen, nothing);
     }
     end_queries(d, group, from, to, s);
 }

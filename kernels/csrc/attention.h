@@ -48,12 +48,21 @@ struct Document {
         else  // padding remembers zeros
             memset(row, 0, a.width * sizeof(float));
     }
-    // Begin to bring what `read` will read from the ring: its rows are too far apart for the processor to see it coming.
-    // Inlined, as a compiler may leave out calls of a function that only prefetches.
-    __attribute__((always_inline)) void fetch(int64_t position, int64_t part, int64_t group) const {
-        if (position >= first || slot < 0) return;
-        const char* row = (const char*)ring(position, part, group);
-        for (int64_t b = 0; b < a.width * (a.pool_type == F32 ? 4 : 2); b += 64) __builtin_prefetch(row + b);
+    // Elements of the ring from one position to the next.
+    int64_t stride() const { return 2 * a.groups * a.width; }
+    // Whether a block's places lie one after another in the ring, in rows of whole tiles.
+    bool in_a_row(int64_t block) const {
+        return slot >= 0 && block + BLOCK <= first && block % a.capacity + BLOCK <= a.capacity &&
+               a.width % (2 * W) == 0;
+    }
+    // Begin to bring some positions of the ring into the second cache: its rows are too far apart for the processor to
+    // see them coming. Inlined, as a compiler may leave out calls of a function that only prefetches.
+    __attribute__((always_inline)) void fetch(int64_t from, int64_t to, int64_t part, int64_t group) const {
+        if (slot < 0) return;
+        for (int64_t position = from; position < smaller(to, first); position++) {
+            const char* row = (const char*)ring(position, part, group);
+            for (int64_t b = 0; b < a.width * (a.pool_type == F32 ? 4 : 2); b += 64) __builtin_prefetch(row + b, 0, 2);
+        }
     }
 };
 

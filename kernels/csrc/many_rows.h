@@ -80,14 +80,7 @@ void multiply_counts(const Piece& p, const Source weights) {
     int32_t* total = (int32_t*)p.total;
     for (int64_t rows = p.rows; rows > 0;) {
         const int64_t count = rows_of_tile(rows);
-        switch (count) {
-            case 1: tile_counts<1>(weights, counts, stride, p.depth, total); break;
-            case 2: tile_counts<2>(weights, counts, stride, p.depth, total); break;
-            case 3: tile_counts<3>(weights, counts, stride, p.depth, total); break;
-            case 4: tile_counts<4>(weights, counts, stride, p.depth, total); break;
-            case 5: tile_counts<5>(weights, counts, stride, p.depth, total); break;
-            default: tile_counts<R>(weights, counts, stride, p.depth, total);
-        }
+        with_rows(count, [=](auto m) { tile_counts<m.count>(weights, counts, stride, p.depth, total); });
         rows -= count, counts += count * stride, total += count * 2 * W;
     }
 }

@@ -9,6 +9,27 @@ namespace {
 
 constexpr int64_t AHEAD = 2048;  // bytes fetched ahead where no channel is left out
 
+// Appends those of W channels, `k` on, that are to be read to a list with room for W; gives how many.
+int64_t keep(vf x, int64_t k, int64_t channels, bool all, int32_t* index, float* value) {
+#if defined(__AVX512F__)
+    const __mmask16 present = (__mmask16)((1 << channels) - 1);
+    const __mmask16 fired = all ? present : _mm512_mask_cmp_ps_mask(present, (__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512i place = _mm512_add_epi32(_mm512_set1_epi32((int)k), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+                                                                                        11, 12, 13, 14, 15));
+    _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(fired, place));
+    _mm512_storeu_ps(value, _mm512_maskz_compress_ps(fired, (__m512)x));
+    return __builtin_popcount(fired);
+#else
+    int64_t n = 0;
+    for (int64_t i = 0; i < channels; i++) {
+        index[n] = (int32_t)(k + i);
+        value[n] = x[i];
+        n += all || x[i] != 0;
+    }
+    return n;
+#endif
+}
+
 // The channels of one row to be read, in order. A group's channels are `index[start[g] .. start[g + 1]]`.
 struct Channels {
     int64_t in;
@@ -17,16 +38,14 @@ struct Channels {
     Buffer<int64_t> start;
     int64_t groups, end;
 
+    // x can be read to the next multiple of W.
     Channels(const float* x, int64_t in, bool all)
-        : in(in), index(in), value(in), start(groups_of(in) + 1), groups(groups_of(in)) {
+        : in(in), index(in + W), value(in + W), start(groups_of(in) + 1), groups(groups_of(in)) {
         int64_t n = 0;
         for (int64_t g = 0; g < groups; g++) {
             start.data[g] = n;
-            for (int64_t k = g * GROUP; k < smaller(in, (g + 1) * GROUP); k++) {
-                index.data[n] = (int32_t)k;
-                value.data[n] = x[k];
-                n += all || x[k] != 0;
-            }
+            for (int64_t k = g * GROUP; k < smaller(in, (g + 1) * GROUP); k += W)
+                n += keep(load(x + k), k, smaller(W, in - k), all, index.data + n, value.data + n);
         }
         start.data[groups] = end = n;
     }

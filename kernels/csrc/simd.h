@@ -205,37 +205,46 @@ static inline void in_order(vi low, vi high, vi* first, vi* second) {
 #endif
 }
 
-// The elements of a and b in turn.
-static inline void zip(vf a, vf b, vf* low, vf* high) {
 #if defined(__AVX512F__)
-    const __m512i one = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i two = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    *low = (vf)_mm512_permutex2var_ps((__m512)a, one, (__m512)b);
-    *high = (vf)_mm512_permutex2var_ps((__m512)a, two, (__m512)b);
+#define VECTOR(name) _mm512_##name
 #elif defined(__AVX2__)
-    const __m256 x = _mm256_unpacklo_ps((__m256)a, (__m256)b), y = _mm256_unpackhi_ps((__m256)a, (__m256)b);
-    *low = (vf)_mm256_permute2f128_ps(x, y, 0x20);
-    *high = (vf)_mm256_permute2f128_ps(x, y, 0x31);
+#define VECTOR(name) _mm256_##name
+#elif defined(__SSE2__)
+#define VECTOR(name) _mm_##name
+#endif
+
+#if defined(__SSE2__)
+// Four elements of every fourth of W rows, a lane of 128 bits each.
+static inline auto every_fourth(const float* rows, int64_t stride) {
+#if defined(__AVX512F__)
+    __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(rows));
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(rows + 4 * stride), 1);
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(rows + 8 * stride), 2);
+    return _mm512_insertf32x4(x, _mm_loadu_ps(rows + 12 * stride), 3);
+#elif defined(__AVX2__)
+    const __m256 x = _mm256_castps128_ps256(_mm_loadu_ps(rows));
+    return _mm256_insertf128_ps(x, _mm_loadu_ps(rows + 4 * stride), 1);
 #else
-    vf x = a, y = b;
-    for (int i = 0; i < W / 2; i++) {
-        x[2 * i] = a[i];
-        x[2 * i + 1] = b[i];
-        y[2 * i] = a[W / 2 + i];
-        y[2 * i + 1] = b[W / 2 + i];
-    }
-    *low = x;
-    *high = y;
+    return _mm_loadu_ps(rows);
 #endif
 }
+#endif
 
-// W rows become W columns.
-static inline void transpose(vf* rows) {
-    vf next[W];
-    for (int round = 1; round < W; round *= 2) {
-        for (int i = 0; i < W / 2; i++) zip(rows[i], rows[W / 2 + i], next + 2 * i, next + 2 * i + 1);
-        for (int i = 0; i < W; i++) rows[i] = next[i];
-    }
+// The first four columns of W rows that lie `stride` apart. The bits of an element do not matter.
+static inline void four_columns(const float* rows, int64_t stride, vf* columns) {
+#if defined(__SSE2__)
+    const auto a = every_fourth(rows, stride), b = every_fourth(rows + stride, stride);
+    const auto c = every_fourth(rows + 2 * stride, stride), d = every_fourth(rows + 3 * stride, stride);
+    const auto ab = VECTOR(castps_pd)(VECTOR(unpacklo_ps)(a, b)), AB = VECTOR(castps_pd)(VECTOR(unpackhi_ps)(a, b));
+    const auto cd = VECTOR(castps_pd)(VECTOR(unpacklo_ps)(c, d)), CD = VECTOR(castps_pd)(VECTOR(unpackhi_ps)(c, d));
+    columns[0] = (vf)VECTOR(unpacklo_pd)(ab, cd);
+    columns[1] = (vf)VECTOR(unpackhi_pd)(ab, cd);
+    columns[2] = (vf)VECTOR(unpacklo_pd)(AB, CD);
+    columns[3] = (vf)VECTOR(unpackhi_pd)(AB, CD);
+#else
+    for (int64_t i = 0; i < 4; i++)
+        for (int64_t j = 0; j < W; j++) columns[i][j] = rows[j * stride + i];
+#endif
 }
 
 static inline float sum(vf x) {

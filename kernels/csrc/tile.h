@@ -2,7 +2,7 @@
 #pragma once
 #include "simd.h"
 
-#define R 6  // rows of a tile; its width is 2W outputs
+#define R 6  // rows of a tile; its width is 2W outputs. 12 gain nothing where there are 32 registers
 
 // A tile of M rows and 2W outputs: total += x W over `depth` inputs. Input k of row m lies at x[m * row + k * step], its
 // weights at w + k * next. A function of its own, as in a larger one the compiler keeps some of the sums in memory, and
@@ -31,20 +31,26 @@ static __attribute__((noinline)) void tile_of(const T* w, int64_t next, const fl
 // Rows of the next tile: none is left over alone, if it can be helped, as its few sums would wait for each other.
 static inline int64_t rows_of_tile(int64_t rows) { return rows <= R ? rows : rows < 2 * R ? (rows + 1) / 2 : R; }
 
+template <int M>
+struct Rows {
+    static constexpr int count = M;
+};
+
+// Calls tile(Rows<rows>()), so that the compiler knows their number; 1 <= rows <= M.
+template <int M = R, class Tile>
+static inline void with_rows(int64_t rows, const Tile& tile) {
+    if constexpr (M > 1)
+        if (rows < M) return with_rows<M - 1>(rows, tile);
+    tile(Rows<M>());
+}
+
 // The same for any number of rows.
 template <class T>
 static inline void tiles_of(int64_t rows, const T* w, int64_t next, const float* x, int64_t row, int64_t step,
                             int64_t depth, float* total, int64_t stride) {
     while (rows > 0) {
         const int64_t count = rows_of_tile(rows);
-        switch (count) {
-            case 1: tile_of<1>(w, next, x, row, step, depth, total, stride); break;
-            case 2: tile_of<2>(w, next, x, row, step, depth, total, stride); break;
-            case 3: tile_of<3>(w, next, x, row, step, depth, total, stride); break;
-            case 4: tile_of<4>(w, next, x, row, step, depth, total, stride); break;
-            case 5: tile_of<5>(w, next, x, row, step, depth, total, stride); break;
-            default: tile_of<R>(w, next, x, row, step, depth, total, stride);
-        }
+        with_rows(count, [=](auto m) { tile_of<m.count>(w, next, x, row, step, depth, total, stride); });
         rows -= count, x += count * row, total += count * stride;
     }
 }

@@ -44,13 +44,23 @@ def test_products_equal_the_reference(kind, out_features, in_features, rows):
 
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("rows", [1, 3, 20])
-@pytest.mark.parametrize("silent", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("silent", [0.0, 0.1, 0.7, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16], ids=str)
 def test_spikes_times_int8_are_the_exact_integer_product(dtype, silent, rows):
     packed = pack(torch.randn(200, 300), "int8")
     counts, scale, bias = spikes(rows, 300, silent=silent).to(dtype), torch.rand(rows, 1), torch.randn(200)
     out = spike_linear(counts, scale, packed, bias, backend="native")
     assert torch.equal(out, spike_linear(counts, scale, packed, bias, backend="reference"))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("largest", [1023, 1025, 32767])
+def test_large_counts_of_channels_that_all_fire_are_exact_integers_too(largest):
+    # Sums of 128 products with codes of up to 127 reach 2^24, beyond which floats leave out integers, at 1,032.
+    packed = pack(torch.full((70, 260), 127.0) - torch.arange(70)[:, None], "int8")
+    counts = torch.full((1, 260), float(largest)) - torch.randint(0, 2, (1, 260))
+    out = spike_linear(counts, torch.ones(1, 1), packed, backend="native")
+    assert torch.equal(out, spike_linear(counts, torch.ones(1, 1), packed, backend="reference"))
 
 
 @pytest.mark.usefixtures("level")
