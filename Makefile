@@ -7,6 +7,7 @@ PEAK_TFLOPS ?= 989
 TRITON := 3.9.0
 OLDER_TRANSFORMERS := 5.19.0
 VLLM := 0.32.0
+LLAMA_CPP := 0.3.36
 # The level's flags, where this processor has it.
 AVX512 := $(if $(shell grep -m1 -o avx512_vnni /proc/cpuinfo),"avx512 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni")
 PYTEST := $(BIN)/python -m pytest -q
@@ -14,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -q
 SUITE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 .PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench \
-  bench-train-gpu bench-spikes bench-spikes-all soak soak-training soak-serving bench-gpu test-triton \
+  bench-peers bench-train-gpu bench-spikes bench-spikes-all soak soak-training soak-serving bench-gpu test-triton \
   compile-triton test-oracles bench-firing test-vllm clean
 
 help:            ## list the targets
@@ -64,6 +65,11 @@ sanitize:        ## the native kernels under AddressSanitizer and UndefinedBehav
 
 bench: setup     ## figures of this machine and of peers on it
 	for suite in memory ops decode prefill; do $(BIN)/spikingbrain bench $$suite || exit 1; done
+
+bench-peers: .venv-vllm/.installed ## decoding beside vLLM and llama.cpp, which is compiled first, in vLLM's environment
+	.venv-vllm/bin/pip install -q matplotlib gguf llama-cpp-python==$(LLAMA_CPP)
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	  .venv-vllm/bin/spikingbrain bench decode
 
 bench-train-gpu: setup ## true MFU of training on one GPU, and how flat it is over lengths: PEAK_TFLOPS=989
 	$(BIN)/python benchmarks/train_gpu.py --peak-tflops $(PEAK_TFLOPS)

@@ -82,7 +82,7 @@ class _Tape(TorchDispatchMode):
         elif _depends_on_data(func, given, results):
             self.why_not = self.why_not or f"{func} depends on data"
         elif func.overloadpacket.__name__ not in ALLOCATIONS and not _views(results, given):
-            self.note(partial(_again, partial(func, *args, **kwargs)), (results,))
+            self.note(*_again(func, args, kwargs, results))
         return result
 
 
@@ -96,8 +96,19 @@ def _views(results: list[Tensor], given: list[Tensor]) -> bool:
     return memory[0] <= memory[1]
 
 
-def _again(run: Callable[[], Any], results: list[Tensor]) -> None:
-    """Run an op and put what it gives into the tensors that it gave the first time."""
+def _again(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A call that runs an op and leaves what it gives in the tensors that it gave the first time."""
+    into = getattr(func.overloadpacket, "out", None)
+    if into is not None and _names(into) == [*_names(func), "out"]:
+        return partial(into, **kwargs, out=results[0]), args
+    return partial(_run_and_copy, partial(func, *args, **kwargs)), (results,)
+
+
+def _names(overload: Any) -> list[str]:
+    return [argument.name for argument in overload._schema.arguments]
+
+
+def _run_and_copy(run: Callable[[], Any], results: list[Tensor]) -> None:
     for own, new in zip(results, _tensors(run()), strict=True):
         own.copy_(new)
 
