@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikingbrain_kernels.library import library, missing
+
 from ..errors import InputError
 
 Row = dict[str, Any]
@@ -50,9 +52,10 @@ def require_close(what: str, value: Tensor, expected: Tensor, tolerance: float) 
 
 
 def machine() -> str:
-    """The processor and its number of threads, as a file name."""
+    """The processor, the level its native kernels run at and the number of threads, as a file name."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
         name = found[1]
-    return re.sub(r"[^a-z0-9]+", "-", f"{name} {torch.get_num_threads()} threads".lower()).strip("-")
+    level = "" if missing() else library().level
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {level} {torch.get_num_threads()} threads".lower()).strip("-")

@@ -9,7 +9,7 @@ import torch
 from conftest import Asks
 
 from spikingbrain import InputError
-from spikingbrain.bench import ResultsDiffer, firing, gpu, machine, models, report, require_close
+from spikingbrain.bench import ResultsDiffer, decode, firing, gpu, machine, models, peers, report, require_close
 from spikingbrain.files import write_json
 from spikingbrain.spiking import encoders
 from spikingbrain_kernels.library import missing
@@ -53,6 +53,17 @@ def test_every_suite_of_models_gives_figures(shape, name, options):
     rows = entry.load().run(parser.parse_args(["--model", shape, *options]))
     assert len(rows) > 3
     assert all(value > 0 for row in rows for value in row.values() if isinstance(value, float))
+
+
+@pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
+def test_peers_that_are_not_installed_are_named_and_not_timed(shape, monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda _name: None)
+    parser = argparse.ArgumentParser()
+    decode.add_arguments(parser)
+    options = ["--model", shape, "--positions", "9", "--peer-positions", "9", "--tokens", "1"]
+    *_, first, second = decode.run(parser.parse_args(options))
+    assert first == {"model": "llama.cpp: llama_cpp, gguf not installed"}
+    assert second == {"model": "vLLM: vllm not installed"}
 
 
 @pytest.fixture
