@@ -39,6 +39,11 @@ bool to_counts(const float* x, int64_t in, int16_t* counts) {
     return all;
 }
 
+// Two inputs at a time, the first in the upper half.
+void to_pairs(const bf16* x, int64_t in, int32_t* pairs) {
+    for (int64_t k = 0; k < in; k += 2) pairs[k / 2] = (int32_t)((uint32_t)x[k].bits << 16 | x[k + 1].bits);
+}
+
 // Whether to read every channel of a row of counts: few are silent, and floats hold each group's sum exactly.
 bool read_all(const int16_t* counts, int64_t in) {
     int64_t silent = 0, most = 0;
@@ -76,9 +81,14 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
             widen_row(at(x, x_type, row * in), x_type, in, to);
         whole.data[row] = integers && to_counts(to, in, small.data + row * stride);
     }
+    const bool halves = w->kind == HALF && x_type == BF16 && rows > FEW_ROWS && in % 2 == 0 && has_pairs();
+    Buffer<int32_t> pairs(halves ? rows * stride / 2 : 0);
+    for (int64_t row = 0; halves && row < rows; row++)
+        to_pairs((const bf16*)x + row * in, in, pairs.data + row * stride / 2);
     bool all_whole = integers;
     for (int64_t row = 0; row < rows; row++) all_whole &= whole.data[row];
-    Call call{*w, wide.data, all_whole ? small.data : nullptr, token_scale, bias, out, out_type, rows, stride};
+    Call call{*w, wide.data, all_whole ? small.data : nullptr, halves ? pairs.data : nullptr,
+              token_scale, bias, out, out_type, rows, stride};
     // Rows whose counts do not fit go alone, so that they change nothing for the others.
     const bool apart = rows == 1 || (integers && !all_whole);
     const bool all = !counts || (rows == 1 && all_whole && read_all(small.data, in));

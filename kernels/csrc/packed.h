@@ -20,6 +20,7 @@ struct Call {
     const Packed& w;
     const float* x;         // [rows, stride]
     const int16_t* counts;  // [rows, stride], or null: no integer path
+    const int32_t* pairs;   // [rows, stride / 2], two inputs in bf16, the first in the upper half; or null
     const float* token_scale;
     const float* bias;
     void* out;

@@ -167,6 +167,11 @@ static inline vi dot_pairs(vi acc, vi a, vi b) {
 #endif
 }
 
+// W pairs of two rows of bf16: the first row's numbers in the upper halves.
+static inline vi pairs(const bf16* first, const bf16* second) {
+    return (vi)load(first) | (((vi)load(second) >> 16) & 0xffff);
+}
+
 // Two rows of 2W int8 as 2W pairs of int16, in an order of lanes that `in_order` undoes.
 static inline void interleave(const int8_t* a, const int8_t* b, vi* low, vi* high) {
 #if defined(__AVX512F__)

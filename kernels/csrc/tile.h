@@ -50,7 +50,7 @@ static inline void tiles_of(int64_t rows, const T* w, int64_t next, const float*
                             int64_t depth, float* total, int64_t stride) {
     while (rows > 0) {
         const int64_t count = rows_of_tile(rows);
-        with_rows(count, [=](auto m) { tile_of<m.count>(w, next, x, row, step, depth, total, stride); });
+        with_rows(count, [&](auto m) { tile_of<m.count>(w, next, x, row, step, depth, total, stride); });
         rows -= count, x += count * row, total += count * stride;
     }
 }

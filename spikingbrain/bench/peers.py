@@ -87,7 +87,8 @@ class LlamaCpp:
         """The logits after `tokens`; raises `InputError` where llama.cpp refuses them."""
         for start in range(0, len(tokens), READ_AT_ONCE):
             some = tokens[start : start + READ_AT_ONCE]
-            batch = self._lib.llama_batch_get_one((self._lib.llama_token * len(some))(*some), len(some))
+            array = (self._lib.llama_token * len(some))(*some)  # the batch points to it
+            batch = self._lib.llama_batch_get_one(array, len(some))
             if self._lib.llama_decode(self._context, batch):
                 raise InputError(f"llama.cpp could not read {len(some)} tokens after {self._length}")
             self._length += len(some)

@@ -77,10 +77,12 @@ def test_leaving_out_silent_channels_changes_no_bit(kind, monkeypatch):
 
 
 @pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spiking", [False, True], ids=["dense", "spiking"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(kind, spiking):
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(kind, spiking, dtype):
     packed, x = pack(torch.randn(200, 150), kind), spikes(512, 150) if spiking else torch.randn(512, 150)
+    x = x.to(dtype)
     scale = torch.rand(512, 1)
 
     def product(first, last):

@@ -53,12 +53,17 @@ static void check_linear(int64_t kind, int64_t rows, int64_t in, int64_t out, bo
     Floats scale((in + 127) / 128 * wide, 1.0f), token(rows, 2.0f), bias(out, 1.0f), x(rows * in), y(rows * out);
     for (float& v : x) v = (float)(rand() % 5 - 2);
     linear_file::Packed packed{weight.data(), scale.data(), in, out, 512, kind};
-    linear_file::SYMBOL(LEVEL, linear)(&packed, x.data(), F32, token.data(), bias.data(), y.data(), F32, rows, counts,
-                                       1.5, 3);
-    for (int64_t row = 0; row < rows; row++) {
-        float total = 0;
-        for (int64_t k = 0; k < in; k++) total += x[row * in + k];
-        for (int64_t n = 0; n < out; n++) expect(y[row * out + n] == total * 2 + 1, "linear");
+    std::vector<bf16> narrowed(rows * in);
+    for (int64_t i = 0; i < rows * in; i++) narrowed[i] = narrow(x[i]);
+    const void* inputs[] = {x.data(), narrowed.data()};
+    for (int64_t type : {F32, BF16}) {
+        linear_file::SYMBOL(LEVEL, linear)(&packed, inputs[type], type, token.data(), bias.data(), y.data(), F32, rows,
+                                           counts, 1.5, 3);
+        for (int64_t row = 0; row < rows; row++) {
+            float total = 0;
+            for (int64_t k = 0; k < in; k++) total += x[row * in + k];
+            for (int64_t n = 0; n < out; n++) expect(y[row * out + n] == total * 2 + 1, "linear");
+        }
     }
 }
 
