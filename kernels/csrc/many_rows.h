@@ -49,7 +49,7 @@ struct Weights {
     }
 };
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 10)
 #define BF16_PAIRS 1
 #define WITH_PAIRS __attribute__((noinline, target("avx512bf16")))
 
