@@ -84,8 +84,7 @@ float soften(float* scores, const Span& seen, float* maximum, float* total) {
         const vf score = load(scores + j);
         tops = visible(j) & ((score > tops) | (score != score)) ? score : tops;
     }
-    float top = tops[0];
-    for (int i = 1; i < W; i++) top = tops[i] > top || tops[i] != tops[i] ? tops[i] : top;
+    const float top = largest(tops);
     vf sums = {};
     for (int64_t j = first; j < seen.to; j += W) {
         vf weight = exponential(load(scores + j) - splat(top));
@@ -93,7 +92,7 @@ float soften(float* scores, const Span& seen, float* maximum, float* total) {
         store(scores + j, weight);
         sums += weight;
     }
-    const float keep = exponential(splat(*maximum - top))[0];
+    const float keep = top == *maximum ? 1.0f : exponential(splat(*maximum - top))[0];
     *total = *total * keep + sum(sums);
     *maximum = top;
     return keep;
@@ -180,7 +179,7 @@ void attend(const Attention& a, int64_t from, int64_t to, const Values<T>& value
     for (int64_t row = 0; row < rows; row++) {
         const float keep = soften(s.scores.data + row * BLOCK, seen(from + row / per_group), s.maximum.data + row,
                                   s.total.data + row);
-        for (int64_t i = 0; i < wide; i += W)
+        for (int64_t i = 0; i < wide && keep != 1.0f; i += W)
             store(s.sums.data + row * wide + i, load(s.sums.data + row * wide + i) * splat(keep));
     }
     add_values(a, from, to, values, s, seen);

@@ -252,9 +252,32 @@ static inline void four_columns(const float* rows, int64_t stride, vf* columns) 
 #endif
 }
 
+// Lane i is lane i + half, as far as there is one.
+static inline vf shifted(vf x, int half) {
+#if defined(__AVX512F__)
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (vf)_mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(half)), (__m512)x);
+#elif defined(__AVX2__)
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (vf)_mm256_permutevar8x32_ps((__m256)x, _mm256_add_epi32(lane, _mm256_set1_epi32(half)));
+#else
+    vf y = x;
+    for (int i = 0; i + half < W; i++) y[i] = x[i + half];
+    return y;
+#endif
+}
+
 static inline float sum(vf x) {
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    for (int half = W / 2; half; half /= 2) x += shifted(x, half);
+    return x[0];
+}
+
+// The largest element; a NaN where there is any.
+static inline float largest(vf x) {
+    for (int half = W / 2; half; half /= 2) {
+        const vf y = shifted(x, half);
+        x = (y > x) | (y != y) ? y : x;
+    }
     return x[0];
 }
 
