@@ -1,5 +1,5 @@
-// What lies between the products, one pass over a row each: RMS norm, the adaptive spike encoder, SwiGLU, the log of a
-// decay, rotary positions.
+// What lies between the products, one pass over a row each: RMS norm, spike encoders, SwiGLU, the log of a decay, rotary
+// positions.
 #include <math.h>
 
 #include "simd.h"
@@ -60,6 +60,30 @@ EXPORT(encode_adaptive)(const void* x, int64_t type, float k, float low, float h
         scale[row] = threshold;
         for (int64_t i = 0; i < n; i += W)
             store(wide.data + i, nearest_even(load(wide.data + i) / splat(threshold)));
+        narrow_row(wide.data, n, at(counts, type, row * n), type);
+    }
+}
+
+// mean = clamp(mean|x|, low, high), scale [rows] = mean / max(k, least_k); counts [rows, n] = round(x / scale) where
+// |x| / mean >= theta [n], else zero. theta and k [1] are of parameter_type.
+EXPORT(encode_dead_zone)(const void* x, int64_t type, const void* theta, const void* k, int64_t parameter_type, float least_k,
+                         float low, float high, int64_t rows, int64_t n, void* counts, float* scale, int64_t threads) {
+    Buffer<float> thresholds(n + W), finest(W);
+    widen_row(theta, parameter_type, n, thresholds.data);
+    widen_row(k, parameter_type, 1, finest.data);
+    const float divisor = finest.data[0] < least_k ? least_k : finest.data[0];
+#pragma omp parallel for num_threads(threads) if (rows > 16)
+    for (int64_t row = 0; row < rows; row++) {
+        Buffer<float> wide(n + W);
+        widen_row(at(x, type, row * n), type, n, wide.data);
+        float mean = total(wide.data, n, absolute) / (float)n;
+        mean = mean < low ? low : mean > high ? high : mean;
+        scale[row] = mean / divisor;
+        for (int64_t i = 0; i < n; i += W) {
+            const vf value = load(wide.data + i), count = nearest_even(value / splat(scale[row]));
+            const vi fires = absolute(value) / splat(mean) >= load(thresholds.data + i);
+            store(wide.data + i, count * (fires ? splat(1.0f) : vf{}));
+        }
         narrow_row(wide.data, n, at(counts, type, row * n), type);
     }
 }

@@ -2,7 +2,7 @@
 #define EXPORT_INT extern "C" __attribute__((visibility("default"))) int
 
 // What the functions take and mean; `VERSION` in library.py.
-EXPORT_INT sb_version() { return 3; }
+EXPORT_INT sb_version() { return 4; }
 
 EXPORT_INT sb_has_baseline() { return 1; }
 

@@ -3,6 +3,7 @@
 from .backends import BACKENDS, OPS, RECURRENT_OPS, Backend, BackendError, backends, state_dtype
 from .ops import (
     encode_adaptive,
+    encode_dead_zone,
     gated_delta,
     gated_delta_step_,
     gated_linear,
@@ -38,6 +39,7 @@ __all__ = [
     "Slots",
     "backends",
     "encode_adaptive",
+    "encode_dead_zone",
     "gated_delta",
     "gated_delta_step_",
     "gated_linear",

@@ -58,10 +58,11 @@ class Backend:
 
 RECURRENT_OPS = ("gated_linear", "gated_delta", "wkv", "lif_scan", "short_conv", "window_attention")
 OTHER_OPS = (
-    *("linear", "spike_linear", "rms_norm", "encode_adaptive", "rms_norm_encode"),
+    *("linear", "spike_linear", "rms_norm", "encode_adaptive", "encode_dead_zone", "rms_norm_encode"),
     *("swiglu", "log_sigmoid", "rotary"),
 )
 OPS = (*RECURRENT_OPS, *OTHER_OPS)
+TRITON_OPS = tuple(op for op in OPS if op != "encode_dead_zone")
 FLA_OPS = ("gated_linear", "gated_delta")
 ANY_DEVICE = ("cpu", "cuda", "meta")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -79,7 +80,7 @@ BACKENDS = (
         in_place=True,
         library="library",
     ),
-    Backend("triton", ("cuda",), OPS, ("triton",), "cuda", TRITON_DTYPES, forward_only=OPS, in_place=True),
+    Backend("triton", ("cuda",), TRITON_OPS, ("triton",), "cuda", TRITON_DTYPES, forward_only=OPS, in_place=True),
     Backend("fla", ("cuda",), FLA_OPS, ("triton", "fla"), "cuda", TRITON_DTYPES),
     Backend("chunked", ANY_DEVICE, RECURRENT_OPS),
     Backend("reference", ANY_DEVICE, OPS),

@@ -19,7 +19,7 @@ from torch import Tensor
 from .backends import BackendError
 
 # What the functions below take and mean: raised, here and in `csrc/levels.cpp`, with every change of it.
-VERSION = 3
+VERSION = 4
 FILE = Path(__file__).with_name("libnative.so")
 LEVELS = ("avx512", "avx2", "baseline")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int16: 2}
@@ -38,6 +38,10 @@ SIGNATURES = {
     "short_conv": [c_void_p, c_void_p, *[c_int64] * 3],
     "rms_norm": [c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int64],
     "encode_adaptive": [c_void_p, c_int64, *[c_float] * 3, c_int64, c_int64, c_void_p, c_void_p, c_int64],
+    "encode_dead_zone": [
+        *(c_void_p, c_int64, c_void_p, c_void_p, c_int64),
+        *(*[c_float] * 3, c_int64, c_int64, c_void_p, c_void_p, c_int64),
+    ],
     "log_sigmoid": [c_void_p, c_int64, c_float, *[c_int64] * 3, c_void_p, c_int64],
     "rotary": [c_void_p, c_int64, c_void_p, c_void_p, c_float, *[c_int64] * 4, c_void_p, c_int64],
     "swiglu": [c_void_p, c_void_p, *[c_int64] * 4, c_void_p, c_int64],
@@ -84,6 +88,7 @@ class Library:
     short_conv: Kernel
     rms_norm: Kernel
     encode_adaptive: Kernel
+    encode_dead_zone: Kernel
     swiglu: Kernel
     swiglu_backward: Kernel
     log_sigmoid: Kernel

@@ -333,6 +333,16 @@ def encode_adaptive(
     return resolve("encode_adaptive", backend, x)(x, k, low, high)
 
 
+def encode_dead_zone(
+    x: Tensor, theta: Tensor, k: Tensor, *, least_k: float, low: float, high: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Counts round(x / s) in x's type where |x| >= theta m, else 0, and s `[..., 1]` = m / max(k, least_k).
+
+    `x [..., C]`, `theta [C]`, `k [1]`; m = clamp(mean|x|, low, high) over the channels.
+    """
+    return resolve("encode_dead_zone", backend, x)(x, theta, k, least_k, low, high)
+
+
 def rms_norm_encode(
     x: Tensor, weight: Tensor, epsilon: float, *, k: float, low: float, high: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:

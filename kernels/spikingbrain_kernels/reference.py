@@ -227,6 +227,17 @@ def encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tenso
     return (wide / scale).round().to(x.dtype), scale
 
 
+def encode_dead_zone(
+    x: Tensor, theta: Tensor, k: Tensor, least_k: float, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """round(x / s) where |x| >= theta m, else 0; m = clamp(mean|x|, low, high), s = m / max(k, least_k)."""
+    wide = x.to(state_dtype(x.dtype))
+    mean = wide.abs().mean(-1, keepdim=True).clamp(low, high)
+    scale = mean / k.to(wide.dtype).clamp(min=least_k)
+    fires = wide.abs() / mean >= theta.to(wide.dtype)
+    return ((wide / scale).round() * fires).to(x.dtype), scale
+
+
 def rms_norm_encode(
     x: Tensor, weight: Tensor, epsilon: float, k: float, low: float, high: float
 ) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from spikingbrain_kernels import encode_dead_zone
+
 from .. import surrogates
 from ..errors import InputError
 from . import Spikes, SpikingNeuron, widen
-from .adaptive import mean_magnitude
+from .adaptive import MAX_THRESHOLD, MIN_THRESHOLD, mean_magnitude
 
+LEAST_K = 0.5
 
 class Neuron(SpikingNeuron):
     """`theta >= 0`, in units of the token's mean magnitude; `k > 0`: counts of a channel of mean magnitude.
@@ -39,9 +42,12 @@ class Neuron(SpikingNeuron):
 
     def fire(self, x: Tensor) -> Spikes:
         """`x [..., C]` -> counts `[..., C]`, scale `[..., 1]`."""
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.theta, self.k))):
+            low, high = MIN_THRESHOLD, MAX_THRESHOLD
+            return Spikes(*encode_dead_zone(x, self.theta, self.k, least_k=LEAST_K, low=low, high=high))
         wide = widen(x)
         mean = mean_magnitude(wide)
-        scale = mean / self.k.clamp(min=0.5).to(wide.dtype)
+        scale = mean / self.k.clamp(min=LEAST_K).to(wide.dtype)
         margin = wide.detach().abs() / mean - self.theta.clamp(min=0).to(wide.dtype)
         return Spikes(_Count.apply(wide, scale, margin, self.derivative).to(x.dtype), scale)
 

@@ -8,6 +8,7 @@ from devices import at_level
 from spikingbrain_kernels import (
     Slots,
     encode_adaptive,
+    encode_dead_zone,
     gated_linear,
     log_sigmoid,
     rms_norm,
@@ -40,9 +41,16 @@ def calls(x):
     positions = torch.arange(5) * 9001 + torch.tensor([[0], [3], [77]])
     options = {"low": 1e-5, "high": 1e4, "k": 3.0}
     frequencies = 10000 ** (-torch.arange(5) / 5)
+    theta, finest, bounds = (
+        torch.arange(10).to(x.dtype) / 8,
+        torch.tensor([5.5], dtype=x.dtype),
+        {"least_k": 0.5, "low": 1e-5, "high": 1e4},
+    )
     return {
         "rms_norm": lambda backend: rms_norm(x, torch.arange(10) + 0.5, 1e-6, backend=backend),
         "counts": lambda backend: encode_adaptive(x, **options, backend=backend)[0],
+        "dead_zone counts": lambda backend: encode_dead_zone(x, theta, finest, **bounds, backend=backend)[0],
+        "dead_zone scale": lambda backend: encode_dead_zone(x, theta, finest, **bounds, backend=backend)[1],
         "threshold": lambda backend: encode_adaptive(x, **options, backend=backend)[1],
         "swiglu": lambda backend: swiglu(part, x.flatten(2)[..., 7:34], backend=backend),
         "swiglu of other strides": lambda backend: swiglu(part, part.clone(), backend=backend),

@@ -176,6 +176,8 @@ static void check_elementwise(int64_t rows, int64_t n) {
     Floats x = random_floats(rows * n), y(rows * n), weight(n, 1.0f), scale(rows);
     SYMBOL(LEVEL, rms_norm)(x.data(), F32, weight.data(), 1e-6f, rows, n, y.data(), 2);
     SYMBOL(LEVEL, encode_adaptive)(x.data(), F32, 3.0f, 1e-5f, 1e4f, rows, n, y.data(), scale.data(), 2);
+    SYMBOL(LEVEL, encode_dead_zone)
+    (x.data(), F32, weight.data(), weight.data(), F32, 0.5f, 1e-5f, 1e4f, rows, n, y.data(), scale.data(), 2);
     SYMBOL(LEVEL, swiglu)(x.data(), x.data(), F32, rows, n, n, y.data(), 2);
     Floats to_gate(rows * n, NAN), to_up(rows * n, NAN);
     SYMBOL(LEVEL, swiglu_backward)

@@ -5,12 +5,13 @@ Recurrences go token by token whatever the length, so a prompt cut into any chun
 
 from .attention import window_attention
 from .channels import lif_scan, short_conv, wkv
-from .elementwise import encode_adaptive, log_sigmoid, rms_norm, rms_norm_encode, rotary, swiglu
+from .elementwise import encode_adaptive, encode_dead_zone, log_sigmoid, rms_norm, rms_norm_encode, rotary, swiglu
 from .products import linear, spike_linear
 from .recurrent import gated_delta, gated_linear
 
 __all__ = [
     "encode_adaptive",
+    "encode_dead_zone",
     "gated_delta",
     "gated_linear",
     "lif_scan",

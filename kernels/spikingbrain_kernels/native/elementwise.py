@@ -27,6 +27,15 @@ def encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tenso
     return _encode_adaptive(x.contiguous(), k, low, high)
 
 
+def encode_dead_zone(
+    x: Tensor, theta: Tensor, k: Tensor, least_k: float, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Counts `round(x / scale)` in x's type, 0 below `theta [C]` times the mean, and scale `mean|x| / k [..., 1]`."""
+    if theta.dtype not in TYPES:
+        theta, k = theta.float(), k.float()
+    return _encode_dead_zone(x.contiguous(), theta.contiguous(), k.to(theta.dtype), least_k, low, high)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; each `[..., N]`."""
     first, second = _rows(gate), _rows(up)
@@ -79,6 +88,16 @@ def _encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tens
     (counts, scale), width = _counts_and_scale(x), x.shape[-1]
     data = (address(x), TYPES[x.dtype], k, low, high)
     library().encode_adaptive(*data, scale.numel(), width, address(counts), address(scale), torch.get_num_threads())
+    return counts, scale
+
+
+@kernel("encode_dead_zone", _counts_and_scale)
+def _encode_dead_zone(
+    x: Tensor, theta: Tensor, k: Tensor, least_k: float, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    (counts, scale), width = _counts_and_scale(x), x.shape[-1]
+    data = (address(x), TYPES[x.dtype], address(theta), address(k), TYPES[theta.dtype], least_k, low, high)
+    library().encode_dead_zone(*data, scale.numel(), width, address(counts), address(scale), torch.get_num_threads())
     return counts, scale
 
 
