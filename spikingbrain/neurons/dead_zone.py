@@ -20,6 +20,7 @@ from .adaptive import MAX_THRESHOLD, MIN_THRESHOLD, mean_magnitude
 
 LEAST_K = 0.5
 
+
 class Neuron(SpikingNeuron):
     """`theta >= 0`, in units of the token's mean magnitude; `k > 0`: counts of a channel of mean magnitude.
 
