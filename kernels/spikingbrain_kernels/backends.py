@@ -62,7 +62,6 @@ OTHER_OPS = (
     *("swiglu", "log_sigmoid", "rotary"),
 )
 OPS = (*RECURRENT_OPS, *OTHER_OPS)
-TRITON_OPS = tuple(op for op in OPS if op != "encode_dead_zone")
 FLA_OPS = ("gated_linear", "gated_delta")
 ANY_DEVICE = ("cpu", "cuda", "meta")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -80,7 +79,7 @@ BACKENDS = (
         in_place=True,
         library="library",
     ),
-    Backend("triton", ("cuda",), TRITON_OPS, ("triton",), "cuda", TRITON_DTYPES, forward_only=OPS, in_place=True),
+    Backend("triton", ("cuda",), OPS, ("triton",), "cuda", TRITON_DTYPES, forward_only=OPS, in_place=True),
     Backend("fla", ("cuda",), FLA_OPS, ("triton", "fla"), "cuda", TRITON_DTYPES),
     Backend("chunked", ANY_DEVICE, RECURRENT_OPS),
     Backend("reference", ANY_DEVICE, OPS),

@@ -25,11 +25,14 @@ def calls(x):
     part = x.flatten(2)[..., 3:30]
     positions = torch.arange(5) * 9001 + torch.tensor([[0], [3], [77]])
     encoding, weight = {"low": 1e-5, "high": 1e4, "k": 3.0}, torch.arange(10) + 0.5
+    zone, k = {"least_k": 0.5, "low": 1e-5, "high": 1e4}, torch.tensor([3.0])
     frequencies = 10000 ** (-torch.arange(5) / 5)
     return {
         "rms_norm": lambda backend: kernels.rms_norm(x, weight, 1e-6, backend=backend),
         "counts": lambda backend: kernels.encode_adaptive(x, **encoding, backend=backend)[0],
         "threshold": lambda backend: kernels.encode_adaptive(x, **encoding, backend=backend)[1],
+        "dead zone": lambda backend: kernels.encode_dead_zone(x, weight / 10, k, **zone, backend=backend)[0],
+        "dead zone's scale": lambda backend: kernels.encode_dead_zone(x, weight / 10, k, **zone, backend=backend)[1],
         "fused counts": lambda backend: kernels.rms_norm_encode(x, weight, 1e-6, **encoding, backend=backend)[0],
         "fused threshold": lambda backend: kernels.rms_norm_encode(x, weight, 1e-6, **encoding, backend=backend)[1],
         "swiglu": lambda backend: kernels.swiglu(part, x.flatten(2)[..., 7:34], backend=backend),

@@ -6,12 +6,13 @@ in a token may reach the tokens that share its tile.
 """
 
 from .attention import window_attention
-from .elementwise import encode_adaptive, log_sigmoid, rms_norm, rms_norm_encode, rotary, swiglu
+from .elementwise import encode_adaptive, encode_dead_zone, log_sigmoid, rms_norm, rms_norm_encode, rotary, swiglu
 from .linear import linear, spike_linear
 from .recurrent import gated_delta, gated_linear, lif_scan, short_conv, wkv
 
 __all__ = [
     "encode_adaptive",
+    "encode_dead_zone",
     "gated_delta",
     "gated_linear",
     "lif_scan",

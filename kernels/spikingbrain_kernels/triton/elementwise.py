@@ -30,17 +30,33 @@ def encode_adaptive(x: Tensor, k: float, low: float, high: float) -> tuple[Tenso
 
 
 @on_its_device
+def encode_dead_zone(
+    x: Tensor, theta: Tensor, k: Tensor, least_k: float, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Counts round(x / s) where |x| >= theta m, else 0, and s = m / max(k, least_k); m = clamp(mean|x|, low, high)."""
+    x, counts, scale = _rows_of_counts(x)
+    limits = (float(least_k), float(low), float(high))
+    _dead_zone_kernel[_one_a_row(x)](x, theta.contiguous(), k, counts, scale, *limits, **_width(x), **UNFUSED)
+    return counts, scale
+
+
+@on_its_device
 def rms_norm_encode(x: Tensor, weight: Tensor, epsilon: float, k: float, low: float, high: float) -> Any:
     """`encode_adaptive` of `rms_norm`, which is rounded to x's type in between but never written."""
     return _encode(x, weight.contiguous(), epsilon, k, low, high)
 
 
 def _encode(x: Tensor, weight: Tensor | None, epsilon: float, k: float, low: float, high: float) -> Any:
-    x, counts = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    x, counts, scale = _rows_of_counts(x)
     thresholds = (float(k), float(low), float(high))
     _encode_kernel[_one_a_row(x)](x, weight, counts, scale, epsilon, *thresholds, **_width(x), **UNFUSED)
     return counts, scale
+
+
+def _rows_of_counts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x with its rows one after another, and room for its counts and what one of each row is worth."""
+    counts = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.contiguous(), counts, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
 @on_its_device
@@ -107,6 +123,28 @@ def _rms_norm_kernel(x, weight, out, epsilon, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def _mean_magnitude(value, WIDTH: tl.constexpr):
+    total = tl.sum(tl.abs(value), 0)
+    return tl.div_rn(total, total * 0 + WIDTH)
+
+
+@triton.jit
+def _clamped(value, low, high):
+    """A NaN passes through, as through torch's clamp."""
+    return tl.where(value < low, low, tl.where(value > high, high, value))
+
+
+@triton.jit
+def _count(value, worth):
+    """value / worth rounded to whole numbers, half to even."""
+    level = tl.div_rn(value, worth + tl.zeros_like(value))
+    # Adding 2^23 leaves no bit for a fraction.
+    size = tl.abs(level)
+    rounded = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
+    return tl.where(level < 0, -rounded, rounded)
+
+
+@triton.jit
 def _encode_kernel(x, weight, counts, scale, epsilon, k, low, high, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     exists = column < WIDTH
@@ -114,16 +152,23 @@ def _encode_kernel(x, weight, counts, scale, epsilon, k, low, high, WIDTH: tl.co
     if weight is not None:
         value = _normalised(value, weight, column, exists, epsilon, WIDTH)
         value = value.to(x.dtype.element_ty).to(tl.float32)
-    mean = tl.div_rn(tl.sum(tl.abs(value), 0), low * 0 + WIDTH)
-    # A NaN passes through, as through torch's clamp.
-    threshold = tl.div_rn(mean, k)
-    threshold = tl.where(threshold < low, low, tl.where(threshold > high, high, threshold))
-    level = tl.div_rn(value, threshold + tl.zeros_like(value))
-    # Adding 2^23 leaves no bit for a fraction: the sum is rounded to whole numbers, half to even.
-    size = tl.abs(level)
-    rounded = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
-    tl.store(counts + row * WIDTH + column, tl.where(level < 0, -rounded, rounded), mask=exists)
+    threshold = _clamped(tl.div_rn(_mean_magnitude(value, WIDTH), k), low, high)
+    tl.store(counts + row * WIDTH + column, _count(value, threshold), mask=exists)
     tl.store(scale + row, threshold)
+
+
+@triton.jit
+def _dead_zone_kernel(x, theta, k, counts, scale, least_k, low, high, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    exists = column < WIDTH
+    value = tl.load(x + row * WIDTH + column, mask=exists, other=0.0).to(tl.float32)
+    mean = _clamped(_mean_magnitude(value, WIDTH), low, high)
+    finest = tl.load(k).to(tl.float32)
+    worth = tl.div_rn(mean, tl.where(finest < least_k, least_k, finest))
+    fires = tl.div_rn(tl.abs(value), mean + tl.zeros_like(value)) >= tl.load(theta + column, mask=exists, other=0.0)
+    # Multiplied, so that a NaN stays one whatever it is compared with.
+    tl.store(counts + row * WIDTH + column, _count(value, worth) * tl.where(fires, 1.0, 0.0), mask=exists)
+    tl.store(scale + row, worth)
 
 
 @triton.jit
