@@ -9,7 +9,6 @@ sqrt(price o / h_c), except where there is next to nothing to be saved.
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -21,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from . import registry
-from .checkpoint import TOKENIZER_FILES, load_config, load_model, load_tokenizer
+from .checkpoint import copy_tokenizer, load_config, load_model, load_tokenizer
 from .config import SpikingBrainConfig
 from .errors import InputError
 from .evaluation import pieces
@@ -29,7 +28,7 @@ from .files import new_directory
 from .integer import ternary
 from .neurons import Observation
 from .quantization import quantize_projections
-from .spiking import SpikeEncoder, SpikingLinear, encoders, weights_read_by
+from .spiking import SpikeEncoder, SpikingHead, SpikingLinear, encoders, readers, weights_read_by
 
 # Values kept of all encoders together; the quantiles of more would be no better.
 MAX_SAMPLES = 20_000_000
@@ -80,7 +79,7 @@ def turn_on_spikes(
     model = spiking_model(path, spiking)
     if weights == "ternary":
         for module in model.modules():
-            if isinstance(module, SpikingLinear):
+            if isinstance(module, SpikingLinear) and not isinstance(module, SpikingHead):
                 module.weight.data = ternary(module.weight.data)
     rows = token_rows(path, texts, num_texts, context) if texts else None
     thresholds = calibrate(model, rows, silence)
@@ -88,9 +87,9 @@ def turn_on_spikes(
         quantize_projections(model)
     with new_directory(out) as directory:
         model.save_pretrained(directory)
-        for name in (*TOKENIZER_FILES, "provenance.json"):
-            if (Path(path) / name).exists() and not (directory / name).exists():
-                shutil.copy(Path(path) / name, directory / name)
+        copy_tokenizer(path, directory)
+        if (Path(path) / "provenance.json").exists():
+            shutil.copy(Path(path) / "provenance.json", directory)
     return thresholds
 
 
@@ -157,7 +156,8 @@ class _Observer:
     squares: Tensor = field(default_factory=lambda: torch.zeros(1))
     samples: list[Tensor] = field(default_factory=list)
 
-    def see(self, x: Tensor) -> None:
+    def see(self, _encoder: SpikeEncoder, inputs: tuple[Tensor, ...]) -> None:
+        (x, *_) = inputs
         values = x.detach().flatten(0, -2).float()
         self.tokens += len(values)
         self.magnitude += float(values.abs().mean(-1).sum())
@@ -181,7 +181,9 @@ def _observe(model: Any, rows: Tensor) -> dict[str, _Observer]:
     channels = sum(encoder.neuron.channels for encoder in found.values())
     keep = max(1, MAX_SAMPLES // (channels * batches))
     observers = {name: _Observer(*_read_by(model, name), keep) for name in found}
-    with _listening(found, observers):
+    with contextlib.ExitStack() as hooks:
+        for name, encoder in found.items():
+            hooks.enter_context(encoder.register_forward_pre_hook(observers[name].see))
         for start in range(0, len(rows), BATCH):
             ids = rows[start : start + BATCH].to(model.device)
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
@@ -190,24 +192,10 @@ def _observe(model: Any, rows: Tensor) -> dict[str, _Observer]:
     return observers
 
 
-@contextlib.contextmanager
-def _listening(found: dict[str, SpikeEncoder], observers: dict[str, _Observer]) -> Iterator[None]:
-    def listen(name: str) -> Any:
-        return lambda _module, inputs: observers[name].see(inputs[0])
-
-    handles = [encoder.register_forward_pre_hook(listen(name)) for name, encoder in found.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _read_by(model: Any, name: str) -> tuple[int, Tensor]:
     """How many outputs read an encoder's channels, and the sum of their squared weights `[C]`."""
-    block = model.get_submodule(name.rpartition(".encoders.")[0])
-    weights = [linear.weight.detach().float() for linear in block.readers(name.rpartition(".")[2])]
-    return sum(len(weight) for weight in weights), sum(weight.square().sum(0) for weight in weights)
+    weights = [linear.weight.detach().float() for linear in readers(model, name).values()]
+    return sum(map(len, weights)), torch.stack([weight.square().sum(0) for weight in weights]).sum(0)
 
 
 def _price(observed: list[Observation], silence: float) -> float:

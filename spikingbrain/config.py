@@ -27,6 +27,7 @@ SPIKING_DEFAULTS: dict[str, Any] = {
     "code": "bitwise",
     "params": {},
     "exclude": [],
+    "head": False,
     "weights": "float",
     "gain": None,
 }
@@ -64,9 +65,10 @@ class SpikingBrainConfig(PreTrainedConfig):
     norm: `rms_norm`, `simple_rms_norm` (no weight) or `layer_norm`, before every block and the head. conv_size: taps of
     mixers with a short convolution. embedding_norm: a norm after the embedding. spike_embedding: only the embedding's
     signs are used. lif: None, or `{tau, v_th, v_reset, decay_input}`: every block's output passes spiking neurons.
-    spiking: None, or `{neuron, code, params, exclude, weights, gain}`; `exclude` names projections that stay dense;
-    `weights` of the others: "float", "ternary" or "wage"; `gain`: the norms before neurons with a fixed threshold v_th
-    start at gain v_th (tdBN, arXiv 2011.05280), which sets how often a model that starts from scratch fires.
+    spiking: None, or `{neuron, code, params, exclude, head, weights, gain}`; `exclude` names projections that stay
+    dense; `head`: whether the head reads spikes too; `weights` of the other projections: "float", "ternary" or "wage";
+    `gain`: the norms before neurons with a fixed threshold v_th start at gain v_th (tdBN, arXiv 2011.05280), which sets
+    how often a model that starts from scratch fires.
 
     Raises `InputError` for an unknown key or name.
     """
@@ -200,6 +202,10 @@ def check_spiking(spiking: dict[str, Any]) -> None:
         raise InputError(f"spiking.params do not fit neuron {spiking['neuron']!r}: {error}") from None
     if spiking["weights"] not in WEIGHTS:
         raise InputError(f"unknown weights {spiking['weights']!r} in spiking; choose from {', '.join(WEIGHTS)}")
+    if type(spiking["head"]) is not bool:
+        raise InputError(f"spiking.head is true or false, got {spiking['head']!r}")
+    if spiking["head"] and not neuron.parallel:
+        raise InputError(f"spiking.head: neuron {spiking['neuron']!r} has a memory of earlier tokens, a head has none")
     gain = spiking["gain"]
     if gain is not None and not (type(gain) in (int, float) and gain > 0 and hasattr(neuron, "v_th")):
         raise InputError(f"spiking.gain is above 0, for a neuron with a fixed threshold; got {gain!r}")

@@ -18,7 +18,7 @@ from .lif import LIF
 from .mixers import Projection
 from .neurons import Spikes
 from .norm import make_norm, threshold_gain
-from .spiking import SpikeEncoder, SpikingLinear
+from .spiking import SpikeEncoder, SpikingHead, SpikingLinear
 from .state import LayerState, StateCache, StateSpec, owned, part
 from .surrogates import atan, heaviside
 
@@ -62,10 +62,10 @@ class MixerBlock(nn.Module):
             if spiking and projection.source not in self.encoders:
                 self.encoders[projection.source] = SpikeEncoder(config.spiking, projection.in_features)
 
-    def readers(self, source: str) -> list[nn.Linear]:
-        """The projections that read the spikes of one source."""
+    def readers(self, source: str) -> dict[str, SpikingLinear]:
+        """The projections, by name, that read the spikes of one source."""
         linears = {name: self.get_submodule(name) for name, p in self.projections.items() if p.source == source}
-        return [linear for linear in linears.values() if isinstance(linear, SpikingLinear)]
+        return {name: linear for name, linear in linears.items() if isinstance(linear, SpikingLinear)}
 
     def _mixer(self, name: str) -> Any:
         return self._modules[name]
@@ -335,8 +335,14 @@ class SpikingBrainForCausalLM(SpikingBrainPreTrainedModel, GenerationMixin):
     def __init__(self, config: SpikingBrainConfig):
         super().__init__(config)
         self.model = SpikingBrainModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        sizes = (config.hidden_size, config.vocab_size)
+        reads_spikes = config.spiking is not None and config.spiking["head"]
+        self.lm_head = SpikingHead(config.spiking, *sizes) if reads_spikes else nn.Linear(*sizes, bias=False)
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """As Hugging Face asks for where the vocabulary changes its size; a head that reads spikes stays one."""
+        self.lm_head.weight, self.lm_head.out_features = new_embeddings.weight, new_embeddings.out_features
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

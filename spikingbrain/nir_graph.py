@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .neurons import lif
-from .spiking import encoders
+from .spiking import encoders, readers
 
 # A token takes one step; what other packages read NIR with by default.
 DT = 1e-4
@@ -41,11 +41,9 @@ def export_nir(model: Any, name: str) -> Any:
     neuron: Any = found[name].neuron
     if not isinstance(neuron, lif.Neuron) or neuron.reset != "hard":
         raise InputError(f"{name}: NIR knows leaky integrate-and-fire neurons with a hard reset only")
-    block = model.get_submodule(name.rpartition(".encoders.")[0])
-    readers = {n: block.get_submodule(n) for n, p in block.projections.items() if p.source == name.rpartition(".")[2]}
     nodes: dict[str, Any] = {"input": nir.Input({"input": _shape(neuron.channels)}), "neuron": _lif_node(neuron)}
     edges = [("input", "neuron")]
-    for reader, linear in readers.items():
+    for reader, linear in readers(model, name).items():
         nodes |= {reader: _linear_node(linear, neuron.v_th), f"{reader}_output": _output(linear.out_features)}
         edges += [("neuron", reader), (reader, f"{reader}_output")]
     return nir.NIRGraph(nodes, edges)

@@ -13,18 +13,22 @@ from .errors import InputError
 from .model import MixerBlock
 from .neurons import Spikes
 from .quantization import QuantizedLinear
-from .spiking import SpikingLinear
+from .spiking import SpikeEncoder, SpikingHead, SpikingLinear
 
 KIND_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class PackedLinear(nn.Module):
-    """One product for all projections that read the same input; for inference only, it cannot be saved."""
+    """One product for all projections that read the same input; for inference only, it cannot be saved.
+
+    `encoder`: what turns the input into spikes first, where that is not done by the block.
+    """
 
     bias: Tensor | None
 
-    def __init__(self, linears: dict[str, Any], kind: str):
+    def __init__(self, linears: dict[str, Any], kind: str, encoder: SpikeEncoder | None = None):
         super().__init__()
+        self.encoder = encoder
         self.names = tuple(linears)
         self.sizes = [module.out_features for module in linears.values()]
         self.packed = _pack(list(linears.values()), kind)
@@ -35,6 +39,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor | Spikes) -> Tensor:
         """`x [..., in]` -> `[..., sum of the outputs]`."""
+        if self.encoder is not None:
+            x = self.encoder(x)
         if isinstance(x, Spikes):
             return spike_linear(x.counts, x.scale, self.packed, self.bias)
         return linear(x, self.packed, self.bias)
@@ -87,7 +93,8 @@ def prepare(model: Any, kind: str = "auto", *, head_kind: str | None = None) -> 
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.RMSNorm):
                 setattr(parent, name, PackedNorm(child))
-    model.lm_head = PackedLinear({"lm_head": model.lm_head}, head_kind)
+    encoder = model.lm_head.encoder if isinstance(model.lm_head, SpikingHead) else None
+    model.lm_head = PackedLinear({"lm_head": model.lm_head}, head_kind, encoder)
     return model.eval()
 
 
@@ -129,7 +136,7 @@ def _pack(linears: list[Any], kind: str) -> Packed:
 
 def _weight(module: nn.Linear) -> Tensor:
     weight = module.weight.detach()
-    return module.reading(weight) if type(module) is SpikingLinear else weight
+    return module.reading(weight) if isinstance(module, SpikingLinear) else weight
 
 
 def _bias(module: nn.Linear) -> Tensor:

@@ -7,7 +7,6 @@ which turns every layer apart).
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,7 +140,7 @@ class _Moments:
     moments: Tensor | float = 0.0
     shares: list[Tensor] = field(default_factory=list)
 
-    def see(self, x: Tensor) -> None:
+    def see(self, _norm: nn.Module, _inputs: tuple[Tensor, ...], x: Tensor) -> None:
         values = x.flatten(0, -2).double()
         self.moments = self.moments + values.T @ values
         energy = values.square().sort(-1, descending=True).values
@@ -154,23 +153,12 @@ class _Moments:
 @torch.no_grad()
 def _observe(model: Any, sites: dict[str, _Site], rows: Tensor) -> dict[str, _Moments]:
     seen = {name: _Moments() for name in sites}
-    with _listening(sites, seen):
+    with contextlib.ExitStack() as hooks:
+        for name, site in sites.items():
+            hooks.enter_context(site.norm.register_forward_hook(seen[name].see))
         for part in rows.split(BATCH):
             model(input_ids=part[:, :-1].to(model.device), use_cache=False, logits_to_keep=1)
     return seen
-
-
-@contextlib.contextmanager
-def _listening(sites: dict[str, _Site], seen: dict[str, _Moments]) -> Iterator[None]:
-    def listen(name: str) -> Any:
-        return lambda _module, _inputs, output: seen[name].see(output)
-
-    handles = [site.norm.register_forward_hook(listen(name)) for name, site in sites.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _axes(sites: dict[str, _Site], seen: dict[str, _Moments]) -> Tensor:

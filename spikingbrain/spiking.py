@@ -48,13 +48,32 @@ class SpikingLinear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
+class SpikingHead(SpikingLinear):
+    """A language-model head that reads spikes of the last hidden states; its encoder is its own, its weights floats."""
+
+    def __init__(self, spiking: dict[str, Any], in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+        self.encoder = SpikeEncoder(spiking, in_features)
+
+    def readers(self, _source: str) -> dict[str, SpikingLinear]:
+        """What reads the spikes of its encoder: itself."""
+        return {"lm_head": self}
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        """`hidden [..., in]` -> logits `[..., out]`."""
+        return super().forward(self.encoder(hidden))
+
+
+def readers(model: nn.Module, name: str) -> dict[str, SpikingLinear]:
+    """The projections, by name, that read the spikes of the encoder `name` of `model`."""
+    place, _, source = name.rpartition(".")
+    owner: Any = model.get_submodule(place.removesuffix(".encoders"))
+    return owner.readers(source)
+
+
 def weights_read_by(model: nn.Module) -> dict[str, int]:
     """How many weights the spikes of each encoder are multiplied with, were none silent."""
-    sizes = {}
-    for name in encoders(model):
-        block: Any = model.get_submodule(name.rpartition(".encoders.")[0])
-        sizes[name] = sum(linear.weight.numel() for linear in block.readers(name.rpartition(".")[2]))
-    return sizes
+    return {name: sum(x.weight.numel() for x in readers(model, name).values()) for name in encoders(model)}
 
 
 @dataclass
@@ -90,12 +109,10 @@ def collect_silence(model: nn.Module) -> Iterator[Silence]:
 
         return see
 
-    handles = [encoder.register_forward_hook(listen(name)) for name, encoder in encoders(model).items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, encoder in encoders(model).items():
+            hooks.enter_context(encoder.register_forward_hook(listen(name)))
         yield silence
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -122,9 +139,7 @@ def record_spikes(model: Any) -> Iterator[SpikeRecord]:
             spikes.counts.detach().to("cpu", torch.int32)
         )
 
-    handles = [encoder.register_forward_hook(listen(name)) for name, encoder in encoders(model).items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, encoder in encoders(model).items():
+            hooks.enter_context(encoder.register_forward_hook(listen(name)))
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()

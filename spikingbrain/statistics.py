@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .codes import encode
-from .model import MixerBlock
-from .spiking import SpikeEncoder, SpikeRecord, encoders
+from .spiking import SpikeEncoder, SpikeRecord, encoders, readers
 
 BASELINE_TOKENS, BASELINE_CHANNELS = 512, 1024
 BASELINES: dict[str, Any] = {
@@ -64,7 +63,7 @@ def recorded_statistics(model: nn.Module, record: SpikeRecord) -> dict[str, Any]
         figures: dict[str, Any] = dict(spike_statistics(counts, record.code))
         figures["histogram"] = histogram(counts)
         figures |= baseline_statistics(modules[name], record.code)
-        outputs = _outputs(modules[name.rpartition(".encoders.")[0]], name.rpartition(".")[2])
+        outputs = sum(linear.out_features for linear in readers(model, name).values())
         width = counts.shape[-1] * len(counts) / num_tokens
         layers[name] = figures
         channels += width
@@ -166,18 +165,12 @@ def read_at_k_3(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]:
     encoder = SpikeEncoder({"neuron": "adaptive", "params": {"k": 3.0}}, BASELINE_CHANNELS)
     columns = {name: readings(noise_counts(encoder, name)) for name in BASELINES}
     own: list[dict[str, float]] = []
-    handles = [
-        other.register_forward_pre_hook(lambda _module, inputs: own.append(readings(encoder(inputs[0]).counts)))
-        for other in encoders(model).values()
-    ]
-    try:
+
+    def read(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        own.append(readings(encoder(inputs[0]).counts))
+
+    with contextlib.ExitStack() as hooks:
+        for other in encoders(model).values():
+            hooks.enter_context(other.register_forward_pre_hook(read))
         yield columns
-    finally:
-        for handle in handles:
-            handle.remove()
     columns["this model"] = _mean(own)
-
-
-def _outputs(block: MixerBlock, source: str) -> int:
-    """How many outputs the spikes of one source reach."""
-    return sum(p.out_features for p in block.projections.values() if p.source == source)

@@ -38,15 +38,19 @@ def run(args: argparse.Namespace) -> list[Row]:
             decoder = OurDecoder(model, position)
             outside = {"outside kernels ms": decoder.seconds_outside() * 1e3}
             rows.append(_row(name, decoder, position, size, roof, args.tokens) | outside)
-    for dtype in ("fp32", "bf16"):
-        peer = qwen2(config, dtype)
-        size = bytes_of(peer)
-        for position in args.peer_positions:
-            rows.append(_row(f"Qwen2 {dtype}", TheirDecoder(peer, position), position, size, roof, args.tokens))
+    rows += _hugging_face("fp32", qwen2(config, "fp32"), roof, args)
+    peer = qwen2(config, "bf16")
+    rows += _hugging_face("bf16", peer, roof, args)
     for name, rows_of in (("llama.cpp", _llama_cpp), ("vLLM", _vllm)):
         missing = lacking(name)
         rows += [{"model": f"{name}: {', '.join(missing)} not installed"}] if missing else rows_of(peer, roof, args)
     return rows
+
+
+def _hugging_face(dtype: str, model: Any, roof: float, args: argparse.Namespace) -> Iterator[Row]:
+    for position in args.peer_positions:
+        decoder = TheirDecoder(model, position)
+        yield _row(f"Qwen2 {dtype}", decoder, position, bytes_of(model), roof, args.tokens)
 
 
 def bytes_of(model: Any) -> int:
@@ -82,9 +86,11 @@ def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any, int]]:
         yield kind, packed, packed_bytes(packed)
         del packed
     del dense
-    spiking = prepare(ours(args.model, "bf16", args.layers, spiking=ADAPTIVE), "int8")
-    for silent in (0.0, 0.7):
-        yield f"int8, spikes, {silent:.0%} silent", silence(spiking, silent), packed_bytes(spiking)
+    for head, shares in ((False, (0.0, 0.7)), (True, (0.7,))):
+        spiking = prepare(ours(args.model, "bf16", args.layers, spiking={**ADAPTIVE, "head": head}), "int8")
+        for silent in shares:
+            name = f"int8, spikes, {silent:.0%} silent" + (", before the head too" if head else "")
+            yield name, silence(spiking, silent), packed_bytes(spiking)
 
 
 def _logits(model: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ token's counts stay together, so what fires together in the recording does so he
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +90,22 @@ def record(path: str, files: list[Path], tokens: int) -> dict[str, Tensor]:
 
 def stretch(recorded: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The counts that each encoder of the wider, deeper `model` fires, from those `recorded`; see the module."""
-    depth = 1 + max(int(LAYER.search(name)[1]) for name in recorded)
-    generator = torch.Generator().manual_seed(0)
+    places, generator = _places(recorded), torch.Generator().manual_seed(0)
     result = {}
-    for name, encoder in encoders(model).items():
-        layer, kind = LAYER.search(name).groups()
-        place = (int(layer) + 0.5) / model.config.num_hidden_layers
-        like = {other: (int(LAYER.search(other)[1]) + 0.5) / depth for other in recorded if other.endswith(f".{kind}")}
+    for name, (kind, depth) in _places(encoders(model)).items():
+        like = {other: abs(place - depth) for other, (same, place) in places.items() if same == kind}
         if not like:
             raise InputError(f"nothing was recorded that {name} could fire like")
-        source = recorded[min(like, key=lambda other: abs(like[other] - place))]
-        result[name] = quantiles(source, encoder.neuron.channels, generator)
+        source = recorded[min(like, key=lambda other: like[other])]
+        result[name] = quantiles(source, model.get_submodule(name).neuron.channels, generator)
     return result
+
+
+def _places(names: Iterable[str]) -> dict[str, tuple[str, float]]:
+    """The kind of each encoder and its relative depth; one outside the layers is a kind of its own."""
+    found = {name: LAYER.search(name) for name in names}
+    layers = 1 + max(int(match[1]) for match in found.values() if match)
+    return {n: (m[2], (int(m[1]) + 0.5) / layers) if m else (n, 1.0) for n, m in found.items()}
 
 
 def quantiles(counts: Tensor, width: int, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="the neuron's parameters, k=3 say")
     parser.add_argument("--code", default="bitwise", choices=registry.names("codes"), help="how counts become spikes")
     parser.add_argument("--exclude", nargs="*", default=[], metavar="NAME", help="projections that stay dense")
+    parser.add_argument("--head", action="store_true", help="the head reads spikes too")
     parser.add_argument("--text", nargs="+", metavar="PATH", help="calibrate on text files, or directories of them")
     parser.add_argument("--glob", default="*", help="which files of a directory")
     parser.add_argument("--num-texts", type=int, default=128, help="pieces of text to calibrate on")
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation import text_files
 
     params = dict(map(_setting, args.set))
-    spiking = {"neuron": args.neuron, "code": args.code, "params": params, "exclude": args.exclude}
+    spiking = {"neuron": args.neuron, "code": args.code, "params": params, "exclude": args.exclude, "head": args.head}
     thresholds = turn_on_spikes(
         args.model,
         args.out,

@@ -26,7 +26,15 @@ def greedy(model):
     return model.generate(PROMPT, max_new_tokens=30, do_sample=False, pad_token_id=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"spiking": SPIKING}, {"qk_norm": True}], ids=["dense", "spiking", "qk_norm"])
+OPTIONS = {
+    "dense": {},
+    "spiking": {"spiking": SPIKING},
+    "spiking, the head too": {"spiking": {**SPIKING, "head": True}},
+    "qk_norm": {"qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_greedy_tokens_equal_those_of_the_model_it_was_made_from(options):
     model, packed = pair("fp32", **options)
     with torch.no_grad():
@@ -41,7 +49,7 @@ def test_rounded_weights_stay_close(kind, tolerance):
         assert relative_rms(packed(PROMPT).logits, model(PROMPT).logits) < tolerance
 
 
-@pytest.mark.parametrize("options", [{}, {"spiking": SPIKING}], ids=["dense", "spiking"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_all_at_once_in_chunks_and_token_by_token_give_the_same_bits(kind, options):
     _, packed = pair(kind, **options)
@@ -58,13 +66,14 @@ def test_all_at_once_in_chunks_and_token_by_token_give_the_same_bits(kind, optio
 
 
 def test_spikes_are_still_recorded():
-    model, packed = pair("int8", spiking=SPIKING)
+    model, packed = pair("int8", spiking={**SPIKING, "head": True})
     with torch.no_grad(), record_spikes(model) as before, record_spikes(packed) as after:
         model(PROMPT)
         packed(PROMPT)
     assert before.counts.keys() == after.counts.keys()
     first = "model.layers.0.mixer.encoders.hidden"
     assert torch.equal(before.counts[first][0], after.counts[first][0])
+    assert len(after.counts["lm_head.encoder"]) == 1
 
 
 def test_a_packed_model_refuses_what_it_cannot_do(tmp_path):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import relative_rms
+from transformers import AutoModel, AutoModelForCausalLM
 
 from spikingbrain import InputError, SpikingBrainConfig, record_spikes, registry
 from spikingbrain.codes import decode, encode
-from spikingbrain.spiking import SpikeEncoder, SpikeRecord, SpikingLinear, weights_read_by
+from spikingbrain.spiking import SpikeEncoder, SpikeRecord, SpikingHead, SpikingLinear, readers, weights_read_by
 from spikingbrain.statistics import (
     baseline_statistics,
     readings,
@@ -188,6 +189,48 @@ def test_every_spiking_linear_and_encoder_runs_once_a_forward_pass(layout, neuro
     assert set(encoders.values()) == {1}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("neuron", PARALLEL)
+def test_a_head_that_reads_spikes_runs_once_and_survives_saving(neuron, tied, tmp_path):
+    torch.manual_seed(0)
+    spiking = {"neuron": neuron, "head": True}
+    model = tiny_model(["gla"], dtype=torch.float32, spiking=spiking, tie_word_embeddings=tied)
+    calls, ids = calls_of(model.lm_head, (SpikingLinear, SpikeEncoder)), torch.randint(0, VOCABULARY, (2, 9))
+    logits = model(ids).logits
+    assert calls == {"": 1, "encoder": 1}
+    hidden = model.model(ids).last_hidden_state
+    spikes = model.lm_head.encoder(hidden)
+    by_hand = spikes.counts @ model.lm_head.weight.T * spikes.scale
+    assert relative_rms(logits, by_hand) < 1e-6
+    assert weights_read_by(model)["lm_head.encoder"] == model.lm_head.weight.numel()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    assert torch.equal(again(ids).logits, logits)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(ids).last_hidden_state, hidden)
+
+
+@torch.no_grad()
+def test_a_vocabulary_of_another_size_keeps_the_spikes_before_the_head():
+    model = tiny_model(["gla"], dtype=torch.float32, spiking={"head": True})
+    ids = torch.randint(0, VOCABULARY, (1, 7))
+    before = model(ids).logits
+    model.resize_token_embeddings(VOCABULARY + 3)
+    after = model(ids).logits
+    assert after.shape[-1] == VOCABULARY + 3 == model.lm_head.out_features
+    assert torch.equal(after[..., :VOCABULARY], before)
+    assert isinstance(model.lm_head, SpikingHead)
+
+
+def test_a_head_is_refused_to_neurons_with_a_memory_and_to_other_values_than_true_and_false():
+    for neuron in set(NEURONS) - set(PARALLEL):
+        with pytest.raises(InputError, match=f"{neuron}.*memory"):
+            SpikingBrainConfig(spiking={"neuron": neuron, "code": "twos_complement", "head": True})
+    with pytest.raises(InputError, match="true or false, got 'yes'"):
+        SpikingBrainConfig(spiking={"head": "yes"})
+
+
 @pytest.mark.parametrize("neuron", PARALLEL)
 @pytest.mark.parametrize("score", ["softmax", "spike"])
 def test_every_spiking_linear_of_every_expert_runs_once_a_forward_pass(neuron, score):
@@ -293,20 +336,21 @@ def test_statistics_by_kind_of_token_are_those_of_its_tokens():
 
 @torch.no_grad()
 def test_recorded_statistics_count_synaptic_operations_by_hand():
-    model = spiking_model()
+    model = spiking_model(exclude=["k_proj"], head=True)
     with record_spikes(model) as record:
         model(torch.randint(0, VOCABULARY, (1, 8)))
     figures = recorded_statistics(model, record)
     expected = 0.0
     for name, (counts,) in record.counts.items():
         planes = encode(registry.load("codes", "bitwise"), counts)
-        block = model.get_submodule(name.rpartition(".encoders.")[0])
-        reached = sum(p.out_features for p in block.projections.values() if p.source == name.rpartition(".")[2])
+        reached = sum(linear.out_features for linear in readers(model, name).values())
         expected += float(planes.count_nonzero()) * reached / 8
     assert figures["synaptic_operations_per_token"] == pytest.approx(expected)
     weights = weights_read_by(model)
     unread = sum(weights[name] * float((counts == 0).float().mean()) for name, (counts,) in record.counts.items())
     assert figures["unread_weights"] == pytest.approx(unread / sum(weights.values()))
     assert sum(figures["encoders"]["model.layers.1.mlp.encoders.mixed"]["histogram"]) == pytest.approx(1.0)
-    projections = [p for layer in model.model.layers for b in (layer.mixer, layer.mlp) for p in b.projections.values()]
-    assert figures["dense_operations_per_token"] == sum(p.in_features * p.out_features for p in projections)
+    blocks = [block for layer in model.model.layers for block in (layer.mixer, layer.mlp)]
+    projections = [p for block in blocks for name, p in block.projections.items() if name != "k_proj"]
+    dense = sum(p.in_features * p.out_features for p in projections) + model.lm_head.weight.numel()
+    assert figures["dense_operations_per_token"] == dense

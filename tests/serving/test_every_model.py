@@ -30,6 +30,7 @@ NAMES = [
     *(f"channel mixer {name}" for name in registry.names("channel_mixers")),
     *(f"neuron {name}" for name in registry.names("neurons")),
     *(f"family {name}" for name in registry.names("families")),
+    "head adaptive",
     "dtype bfloat16",
 ]
 CONTINUE = """
@@ -72,6 +73,7 @@ def build(name: str, path: Path, tokenizer) -> None:
         "mixer": {"mixers": [value], "channel_mixers": ["rwkv" if value == "rwkv" else "swiglu"]},
         "channel mixer": {"channel_mixers": [value]},
         "neuron": {"spiking": {"neuron": value}},
+        "head": {"spiking": {"neuron": value, "head": True}},
         "dtype": {},
     }
     save_model(path / "model", tokenizer, num_hidden_layers=2, **settings[kind])

@@ -25,6 +25,7 @@ from vllm.sequence import IntermediateTensors
 from spikingbrain.errors import InputError
 from spikingbrain.model import MixerBlock, SpikingBrainModel
 from spikingbrain.quantization import METHOD
+from spikingbrain.spiking import SpikeEncoder
 
 from .blocks import make_stateful
 from .experts import fuse_experts
@@ -50,7 +51,7 @@ class Stage:
         if layer:
             return not self.first <= int(layer[1]) < self.end
         # Norms are small: every stage has them.
-        return (name == EMBEDDING and not self.is_first) or (name == HEAD and not self.is_last)
+        return (name == EMBEDDING and not self.is_first) or (name.startswith("lm_head.") and not self.is_last)
 
 
 @support_torch_compile
@@ -116,6 +117,7 @@ class SpikingBrainForVLLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefi
         if self.model.stage.is_last:
             self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=f"{prefix}lm_head")
             self._target_head(torch.Size([config.vocab_size, config.hidden_size]))
+            self.head_encoder = self._add_encoder() if config.spiking and config.spiking["head"] else None
 
     def _target_head(self, shape: torch.Size) -> None:
         targets = self.model.targets
@@ -127,6 +129,12 @@ class SpikingBrainForVLLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefi
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         else:
             targets[EMBEDDING] = by_vllm(self.lm_head.weight, shape)
+
+    def _add_encoder(self) -> SpikeEncoder:
+        with torch.device("meta"):
+            encoder = SpikeEncoder(self.config.spiking, self.config.hidden_size).requires_grad_(False).eval()
+        self.model.targets |= _materialise(encoder, "lm_head.encoder", {})
+        return encoder
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
@@ -160,7 +168,11 @@ class SpikingBrainForVLLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefi
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """`[N, D]` -> `[N, vocabulary]`."""
-        return self.logits_processor(self.lm_head, hidden_states)
+        if self.head_encoder is None:
+            return self.logits_processor(self.lm_head, hidden_states)
+        spikes = self.head_encoder(hidden_states)
+        logits = self.logits_processor(self.lm_head, spikes.counts)
+        return None if logits is None else logits * spikes.scale.to(logits.dtype)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint; raises `InputError` naming every tensor that does not fit."""
