@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t MAX_SPARSE_ROWS = 8;
 // Fewer silent channels of a row than this part are read too, as one run of weights in floats takes less time than pairs
-// of channels in integers. Measured: with AVX-512 a fifth, with AVX2 integers take less time even if none is silent.
-constexpr double FEW_SILENT = W == 16 ? 0.2 : 0.0;
+// of channels in integers (measured with AVX2 and AVX-512).
+constexpr double FEW_SILENT = 0.2;
 
 typedef int16_t vs __attribute__((vector_size(2 * W)));
 
@@ -95,7 +95,7 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
     if (all) whole.data[0] = false;
     Lists lists(rows);
     if (apart || (counts && rows <= MAX_SPARSE_ROWS))
-        for (int64_t row = 0; row < rows; row++) lists.add(wide.data + row * stride, in, all);
+        for (int64_t row = 0; row < rows; row++) lists.add(wide.data + row * stride, in, all, whole.data[row]);
     const bool by_row = apart || (lists.rows && (double)lists.active <= break_even * (double)in);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t thread = 0; thread < threads; thread++) {

@@ -69,12 +69,14 @@ void finish(const Call& call, int64_t row, int64_t column, int64_t width, const 
     }
 }
 
-// Calls work(columns) for each part of this thread's share of the outputs, none wider than `widest` or than a panel.
+// Calls work(columns) for each part of this thread's share of the outputs, none wider than `widest` or than a panel. It is
+// whole panels, each one run of memory, where every thread gets as many.
 template <class Work>
 void share(const Packed& w, int64_t thread, int64_t threads, int64_t widest, Work work) {
-    const int64_t units = padded(w.out, UNIT) / UNIT;
-    const int64_t end = units * (thread + 1) / threads * UNIT;
-    for (int64_t column = units * thread / threads * UNIT; column < end;) {
+    const int64_t units = padded(w.out, UNIT) / UNIT, panels = padded(w.out, w.panel) / w.panel;
+    const int64_t piece = panels % threads ? UNIT : w.panel, pieces = panels % threads ? units : panels;
+    const int64_t end = smaller(pieces * (thread + 1) / threads * piece, units * UNIT);
+    for (int64_t column = pieces * thread / threads * piece; column < end;) {
         const int64_t start = column / w.panel * w.panel;
         const int64_t stride = smaller(w.panel, units * UNIT - start);
         const int64_t width = smaller(smaller(end, start + stride) - column, widest);
