@@ -98,38 +98,53 @@ float soften(float* scores, const Span& seen, float* maximum, float* total) {
     return keep;
 }
 
-struct Scratch {
-    Buffer<float> queries, scores, sums, keys, values, rows, maximum, total;
-    explicit Scratch(const Attention& a, int64_t rows)
-        : queries(rows * a.width + W), scores(rows * BLOCK), sums(rows * padded(a.width)), keys(a.width * BLOCK),
-          values(padded(a.width) * BLOCK), rows(W * padded(a.width)), maximum(rows), total(rows) {}
+// The queries of one group of heads, a row each, and what they have read so far.
+struct Group {
+    int64_t number;
+    float *queries, *sums, *maximum, *total;
 };
 
-void begin_queries(const Document& d, int64_t group, int64_t from, int64_t to, Scratch& s) {
+// Room for the queries of several groups, and for one block of one of them.
+struct Scratch {
+    int64_t width, rows_of_group;
+    Buffer<float> queries, scores, sums, keys, values, rows, maximum, total;
+    Scratch(const Attention& a, int64_t groups, int64_t rows_of_group)
+        : width(a.width), rows_of_group(rows_of_group), queries(groups * rows_of_group * a.width + W),
+          scores(rows_of_group * BLOCK), sums(groups * rows_of_group * padded(a.width)), keys(a.width * BLOCK),
+          values(padded(a.width) * BLOCK), rows(W * padded(a.width)), maximum(groups * rows_of_group),
+          total(groups * rows_of_group) {}
+    Group group(int64_t number, int64_t place) const {
+        const int64_t row = place * rows_of_group;
+        return {number, queries.data + row * width, sums.data + row * padded(width), maximum.data + row,
+                total.data + row};
+    }
+};
+
+void begin_queries(const Document& d, const Group& group, int64_t from, int64_t to, float* wide) {
     const Attention& a = d.a;
     const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group;
     for (int64_t row = 0; row < rows; row++) {
         const int64_t element = d.token(from + row / per_group) * a.q.stride +
-                                (group * per_group + row % per_group) * a.width;
-        widen_row(at(a.q.data, a.q.type, element), a.q.type, a.width, s.rows.data);
-        for (int64_t i = 0; i < a.width; i++) s.queries.data[row * a.width + i] = s.rows.data[i] * a.scale;
-        s.maximum.data[row] = NOTHING;
-        s.total.data[row] = 0;
+                                (group.number * per_group + row % per_group) * a.width;
+        widen_row(at(a.q.data, a.q.type, element), a.q.type, a.width, wide);
+        for (int64_t i = 0; i < a.width; i++) group.queries[row * a.width + i] = wide[i] * a.scale;
+        group.maximum[row] = NOTHING;
+        group.total[row] = 0;
     }
-    memset(s.sums.data, 0, rows * padded(a.width) * sizeof(float));
+    memset(group.sums, 0, rows * padded(a.width) * sizeof(float));
 }
 
-void end_queries(const Document& d, int64_t group, int64_t from, int64_t to, const Scratch& s) {
+void end_queries(const Document& d, const Group& group, int64_t from, int64_t to) {
     const Attention& a = d.a;
     const int64_t per_group = a.heads / a.groups;
     for (int64_t row = 0; row < (to - from) * per_group; row++) {
-        const int64_t head = group * per_group + row % per_group;
+        const int64_t head = group.number * per_group + row % per_group;
         void* out = at(a.out, a.q.type, (d.token(from + row / per_group) * a.heads + head) * a.width);
-        const float* sums = s.sums.data + row * padded(a.width);
+        const float* sums = group.sums + row * padded(a.width);
         if (a.kept)
-            a.kept[d.token(from + row / per_group) * a.heads + head] = s.maximum.data[row] + logf(s.total.data[row]);
+            a.kept[d.token(from + row / per_group) * a.heads + head] = group.maximum[row] + logf(group.total[row]);
         for (int64_t i = 0; i < a.width; i++) {
-            const float x = sums[i] / s.total.data[row];
+            const float x = sums[i] / group.total[row];
             if (a.q.type == F32)
                 ((float*)out)[i] = x;
             else
@@ -140,18 +155,19 @@ void end_queries(const Document& d, int64_t group, int64_t from, int64_t to, con
 
 // sums += weights * values for `rows` rows and the places of a block that all of them see.
 template <class T>
-void add_values(const Attention& a, int64_t row, int64_t rows, const Span& seen, const Values<T>& values, Scratch& s) {
+void add_values(const Attention& a, int64_t row, int64_t rows, const Span& seen, const Values<T>& values,
+                const float* scores, float* sums) {
     const int64_t wide = padded(a.width);
     for (int64_t i = 0; i < wide && seen.from < seen.to; i += 2 * W)
         tiles_of(rows, values.base + i * values.column + seen.from * values.next, values.next,
-                 s.scores.data + row * BLOCK + seen.from, BLOCK, 1, seen.to - seen.from, s.sums.data + row * wide + i,
-                 wide);
+                 scores + row * BLOCK + seen.from, BLOCK, 1, seen.to - seen.from, sums + row * wide + i, wide);
 }
 
 // The same for all rows of the queries at `from .. to`, several at once. What a query does not see is not multiplied,
 // as zero times infinity is not zero: the first and last places that some of them see are taken one query at a time.
 template <class T, class Seen>
-void add_values(const Attention& a, int64_t from, int64_t to, const Values<T>& values, Scratch& s, Seen seen) {
+void add_values(const Attention& a, int64_t from, int64_t to, const Values<T>& values, const float* scores, float* sums,
+                Seen seen) {
     const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group;
     for (int64_t row = 0, count; row < rows; row += count) {
         count = rows_of_tile(rows - row);
@@ -159,59 +175,68 @@ void add_values(const Attention& a, int64_t from, int64_t to, const Values<T>& v
         // Spans only move forward from one query to the next.
         const int64_t low = span(count - 1).from, high = larger(low, span(0).to);
         for (int64_t n = 0; n < count; n++)
-            add_values(a, row + n, 1, Span{span(n).from, smaller(low, span(n).to)}, values, s);
-        add_values(a, row, count, Span{low, high}, values, s);
+            add_values(a, row + n, 1, Span{span(n).from, smaller(low, span(n).to)}, values, scores, sums);
+        add_values(a, row, count, Span{low, high}, values, scores, sums);
         for (int64_t n = 0; n < count; n++)
-            add_values(a, row + n, 1, Span{larger(high, span(n).from), span(n).to}, values, s);
+            add_values(a, row + n, 1, Span{larger(high, span(n).from), span(n).to}, values, scores, sums);
     }
 }
 
 // Let the queries at `from .. to` attend to a block whose keys are in `s`, of which the one at `position` sees
 // `seen(position)`. `fetch(j)` is called on the way, for every tile of places.
 template <class T, class Seen, class Fetch>
-void attend(const Attention& a, int64_t from, int64_t to, const Values<T>& values, Scratch& s, Seen seen, Fetch fetch) {
+void attend(const Attention& a, const Group& group, int64_t from, int64_t to, const Values<T>& values, Scratch& s,
+            Seen seen, Fetch fetch) {
     const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group, wide = padded(a.width);
     memset(s.scores.data, 0, rows * BLOCK * sizeof(float));
     for (int64_t j = 0; j < BLOCK; j += 2 * W) {
         fetch(j);
-        tiles_float(rows, s.keys.data + j * a.width, s.queries.data, a.width, a.width, s.scores.data + j, BLOCK);
+        tiles_float(rows, s.keys.data + j * a.width, group.queries, a.width, a.width, s.scores.data + j, BLOCK);
     }
     for (int64_t row = 0; row < rows; row++) {
-        const float keep = soften(s.scores.data + row * BLOCK, seen(from + row / per_group), s.maximum.data + row,
-                                  s.total.data + row);
-        for (int64_t i = 0; i < wide && keep != 1.0f; i += W)
-            store(s.sums.data + row * wide + i, load(s.sums.data + row * wide + i) * splat(keep));
+        float* sums = group.sums + row * wide;
+        const float keep = soften(s.scores.data + row * BLOCK, seen(from + row / per_group), group.maximum + row,
+                                  group.total + row);
+        for (int64_t i = 0; i < wide && keep != 1.0f; i += W) store(sums + i, load(sums + i) * splat(keep));
     }
-    add_values(a, from, to, values, s, seen);
+    add_values(a, from, to, values, s.scores.data, group.sums, seen);
 }
 
-// Let few queries attend to a block where it lies, whole, in the ring. The next one is fetched on the way, piece by piece,
-// as the processor stops where too much is under way.
+// Let few queries attend to a block where it lies, whole, in the ring. Its values, and the keys of what is read next, are
+// fetched on the way, piece by piece, as the processor stops where too much is under way.
 template <class T, class Seen>
-void attend_in_ring(const Document& d, int64_t group, int64_t from, int64_t to, int64_t block, Scratch& s, Seen seen) {
+void attend_in_ring(const Document& d, const Group& group, int64_t from, int64_t to, int64_t block, Scratch& s, Seen seen,
+                    int64_t next_block, int64_t next_group) {
     const Attention& a = d.a;
-    const int64_t next = block + BLOCK;
     for (int64_t j = 0; j < BLOCK; j += W) {
-        d.fetch(next + j, next + j + W, 0, group);
-        put_keys((const T*)d.ring(block + j, 0, group), d.stride(), a.width,
+        d.fetch(block + j, block + j + W, 1, group.number);
+        put_keys((const T*)d.ring(block + j, 0, group.number), d.stride(), a.width,
                  s.keys.data + j / (2 * W) * a.width * 2 * W + j % (2 * W));
     }
-    attend(a, from, to, Values<T>{(const T*)d.ring(block, 1, group), d.stride(), 1}, s, seen,
-           [&](int64_t j) __attribute__((always_inline)) { d.fetch(next + j, next + j + 2 * W, 1, group); });
+    attend(a, group, from, to, Values<T>{(const T*)d.ring(block, 1, group.number), d.stride(), 1}, s, seen,
+           [&](int64_t j) __attribute__((always_inline)) {
+               d.fetch(next_block + j, next_block + j + 2 * W, 0, next_group);
+           });
 }
 
-// The queries at positions `from .. to` for the heads of one group.
-void some_queries(const Document& d, int64_t group, int64_t from, int64_t to, Scratch& s) {
+// The queries at positions `from .. to` for the heads of the groups `first .. last`.
+void some_queries(const Document& d, int64_t first, int64_t last, int64_t from, int64_t to, Scratch& s) {
     const Attention& a = d.a;
-    begin_queries(d, group, from, to, s);
+    const auto each_group = [&](auto work) {
+        for (int64_t g = first; g < last; g++) work(s.group(g, g - first));
+    };
+    each_group([&](const Group& group) { begin_queries(d, group, from, to, s.rows.data); });
     const Values<float> copied{s.values.data, 2 * W, BLOCK};
     const auto nothing = [](int64_t) {};
-    for (int64_t first = 0; first < a.num_sinks; first += BLOCK) {
-        const int64_t count = smaller(BLOCK, a.num_sinks - first);
-        read_block(a, 0, count, s.keys.data, s.values.data, s.rows.data, [&](int64_t j, int64_t part, float* row) {
-            memcpy(row, a.sinks + (((first + j) * 2 + part) * a.groups + group) * a.width, a.width * sizeof(float));
+    for (int64_t sink = 0; sink < a.num_sinks; sink += BLOCK) {
+        const int64_t count = smaller(BLOCK, a.num_sinks - sink);
+        each_group([&](const Group& group) {
+            read_block(a, 0, count, s.keys.data, s.values.data, s.rows.data, [&](int64_t j, int64_t part, float* row) {
+                const int64_t place = (sink + j) * 2 + part;
+                memcpy(row, a.sinks + (place * a.groups + group.number) * a.width, a.width * sizeof(float));
+            });
+            attend(a, group, from, to, copied, s, [&](int64_t) { return Span{0, count}; }, nothing);
         });
-        attend(a, from, to, copied, s, [&](int64_t) { return Span{0, count}; }, nothing);
     }
     const int64_t low = larger(oldest(a, from), d.start());
     const bool few = (to - from) * (a.heads / a.groups) <= 2 * R;
@@ -219,21 +244,25 @@ void some_queries(const Document& d, int64_t group, int64_t from, int64_t to, Sc
         const auto seen = [&](int64_t position) {
             return Span{larger(larger(oldest(a, position), d.start()) - block, 0), smaller(position + 1 - block, BLOCK)};
         };
-        if (few && low <= block && d.in_a_row(block)) {
-            if (a.pool_type == F32)
-                attend_in_ring<float>(d, group, from, to, block, s, seen);
-            else
-                attend_in_ring<bf16>(d, group, from, to, block, s, seen);
-            continue;
-        }
-        read_block(a, larger(0, low - block), smaller(BLOCK, to - block), s.keys.data, s.values.data, s.rows.data,
-                   [&](int64_t j, int64_t part, float* row) {
-                       d.fetch(block + j + BLOCK, block + j + BLOCK + 1, part, group);
-                       d.read(block + j, part, group, row);
-                   });
-        attend(a, from, to, copied, s, seen, nothing);
+        each_group([&](const Group& group) {
+            if (few && low <= block && d.in_a_row(block)) {
+                const bool is_last = group.number + 1 == last;
+                const int64_t next_block = is_last ? block + BLOCK : block, next = is_last ? first : group.number + 1;
+                if (a.pool_type == F32)
+                    attend_in_ring<float>(d, group, from, to, block, s, seen, next_block, next);
+                else
+                    attend_in_ring<bf16>(d, group, from, to, block, s, seen, next_block, next);
+                return;
+            }
+            read_block(a, larger(0, low - block), smaller(BLOCK, to - block), s.keys.data, s.values.data, s.rows.data,
+                       [&](int64_t j, int64_t part, float* row) {
+                           d.fetch(block + j + BLOCK, block + j + BLOCK + 1, part, group.number);
+                           d.read(block + j, part, group.number, row);
+                       });
+            attend(a, group, from, to, copied, s, seen, nothing);
+        });
     }
-    end_queries(d, group, from, to, s);
+    each_group([&](const Group& group) { end_queries(d, group, from, to); });
 }
 
 // Store a document's last `capacity` keys and values.
@@ -263,23 +292,27 @@ EXPORT(window_attention)(const Attention* a, int64_t documents, int64_t threads)
     before.data[0] = 0;
     for (int64_t i = 0; i < documents; i++)
         before.data[i + 1] = before.data[i] + (a->starts[i + 1] - a->starts[i] + step - 1) / step;
-    int64_t keys = 0;  // read by all queries together, at most
+    int64_t keys = 0, longest = 0;  // read by all queries together, at most
     for (int64_t i = 0; i < documents; i++) {
         const int64_t length = a->starts[i + 1] - a->starts[i];
         keys += length * smaller(a->window, a->first[i] + length);
+        longest = larger(longest, length);
     }
+    // Few queries of many documents: a thread reads all groups of a block, which lie side by side.
+    const bool together = longest * per_group <= 2 * R && documents >= 4 * threads;
+    const int64_t groups = together ? a->groups : 1, parts = a->groups / groups;
 #pragma omp parallel num_threads(threads) if (keys * a->groups * a->width > ALONE)
     {
-        Scratch scratch(*a, step * per_group);
+        Scratch scratch(*a, groups, (together ? longest : step) * per_group);
         int64_t document = 0;
 #pragma omp for schedule(monotonic : dynamic, 1)
-        for (int64_t task = 0; task < before.data[documents] * a->groups; task++) {
-            const int64_t tile = task / a->groups;
+        for (int64_t task = 0; task < before.data[documents] * parts; task++) {
+            const int64_t tile = task / parts, first = task % parts * groups;
             // Tasks come to a thread in rising order.
             while (before.data[document + 1] <= tile) document++;
             const Document d(*a, document);
             const int64_t from = d.first + (tile - before.data[document]) * step;
-            some_queries(d, task % a->groups, from, smaller(from + step, d.first + d.length), scratch);
+            some_queries(d, first, first + groups, from, smaller(from + step, d.first + d.length), scratch);
         }
         if (a->pool) {
 #pragma omp for schedule(static)

@@ -1,8 +1,9 @@
 """Tokens a second of one sequence at a large shape whose channels fire as a trained model's do; dense int8 beside it.
 
 Counts are recorded token by token. A wider layer takes those of the recorded layer of the same kind at the nearest
-relative depth: its channels are the quantiles, by how often a channel fires, of the recorded ones, in random order. A
-token's counts stay together, so what fires together in the recording does so here, and so does a token's share.
+relative depth: its channels are the quantiles, by how often a channel fires, of the recorded ones, and lie where these
+do: a rotated model's largest channels come first. A token's counts stay together, so what fires together in the
+recording does so here, and so does a token's share.
 """
 
 import argparse
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from spikingbrain_kernels.packed import GROUP
 
 from ..checkpoint import load_model, load_tokenizer
 from ..errors import InputError
@@ -109,10 +112,14 @@ def _places(names: Iterable[str]) -> dict[str, tuple[str, float]]:
 
 
 def quantiles(counts: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """`counts [N, C]` at `width` channels: evenly spaced quantiles of the firing frequency, in random order."""
+    """`counts [N, C]` at `width` channels: evenly spaced quantiles of the firing frequency, in the channels' order.
+
+    Within a group of weights the order is random: copies of a channel side by side would be one long run of weights.
+    """
     order = (counts != 0).float().mean(0).argsort()
-    places = ((torch.arange(width) + 0.5) * (len(order) / width)).long()
-    return counts[:, order[places][torch.randperm(width, generator=generator)]]
+    chosen = order[((torch.arange(width) + 0.5) * (len(order) / width)).long()].sort().values
+    shuffled = [group[torch.randperm(len(group), generator=generator)] for group in chosen.split(GROUP)]
+    return counts[:, torch.cat(shuffled)]
 
 
 def unread_weights(model: Any, counts: dict[str, Tensor]) -> float:

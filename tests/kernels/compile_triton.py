@@ -71,6 +71,7 @@ def others(dtype, length):
     kernels.rms_norm(x, weight, 1e-6, backend="triton")
     kernels.rms_norm_encode(x, weight, 1e-6, **encoding)
     kernels.encode_adaptive(x, **encoding)
+    kernels.encode_dead_zone(x, weight, torch.ones(1), least_k=0.5, low=1e-5, high=1e4, backend="triton")
     kernels.swiglu(x, x, backend="triton")
     kernels.log_sigmoid(x, 16.0, backend="triton")
     heads, positions = x.view(2, length, 4, 128), torch.zeros(2, length, dtype=torch.long)

@@ -107,6 +107,15 @@ def test_a_wider_layer_fires_as_often_as_the_recorded_one_at_its_depth_and_toget
             firing.stretch(short, model)
 
 
+def test_wider_channels_lie_where_the_recorded_ones_do_but_no_copy_beside_its_like():
+    torch.manual_seed(0)
+    counts = torch.cat([torch.randint(0, 2, (40, 64)), torch.zeros(40, 64, dtype=torch.long)], 1)
+    wide = firing.quantiles(counts, 1024, torch.Generator().manual_seed(0))
+    assert bool(wide[:, :512].any(0).all())
+    assert not wide[:, 512:].any()
+    assert float((wide[:, :511] == wide[:, 1:512]).all(0).float().mean()) < 0.2
+
+
 def test_something_that_computes_the_wrong_thing_gets_no_figures():
     good = torch.randn(100)
     assert require_close("sum", good * (1 + 1e-7), good, 1e-5) < 1e-6

@@ -123,9 +123,8 @@ def _rms_norm_kernel(x, weight, out, epsilon, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _mean_magnitude(value, WIDTH: tl.constexpr):
-    total = tl.sum(tl.abs(value), 0)
-    return tl.div_rn(total, total * 0 + WIDTH)
+def _mean_magnitude(value, count):
+    return tl.div_rn(tl.sum(tl.abs(value), 0), count)
 
 
 @triton.jit
@@ -152,7 +151,7 @@ def _encode_kernel(x, weight, counts, scale, epsilon, k, low, high, WIDTH: tl.co
     if weight is not None:
         value = _normalised(value, weight, column, exists, epsilon, WIDTH)
         value = value.to(x.dtype.element_ty).to(tl.float32)
-    threshold = _clamped(tl.div_rn(_mean_magnitude(value, WIDTH), k), low, high)
+    threshold = _clamped(tl.div_rn(_mean_magnitude(value, low * 0 + WIDTH), k), low, high)
     tl.store(counts + row * WIDTH + column, _count(value, threshold), mask=exists)
     tl.store(scale + row, threshold)
 
@@ -162,7 +161,7 @@ def _dead_zone_kernel(x, theta, k, counts, scale, least_k, low, high, WIDTH: tl.
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     exists = column < WIDTH
     value = tl.load(x + row * WIDTH + column, mask=exists, other=0.0).to(tl.float32)
-    mean = _clamped(_mean_magnitude(value, WIDTH), low, high)
+    mean = _clamped(_mean_magnitude(value, low * 0 + WIDTH), low, high)
     finest = tl.load(k).to(tl.float32)
     worth = tl.div_rn(mean, tl.where(finest < least_k, least_k, finest))
     fires = tl.div_rn(tl.abs(value), mean + tl.zeros_like(value)) >= tl.load(theta + column, mask=exists, other=0.0)
