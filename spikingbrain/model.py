@@ -342,7 +342,10 @@ class SpikingBrainForCausalLM(SpikingBrainPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """As Hugging Face asks for where the vocabulary changes its size; a head that reads spikes stays one."""
-        self.lm_head.weight, self.lm_head.out_features = new_embeddings.weight, new_embeddings.out_features
+        if isinstance(self.lm_head, SpikingHead):
+            self.lm_head.weight, self.lm_head.out_features = new_embeddings.weight, new_embeddings.out_features
+        else:
+            self.lm_head = new_embeddings
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

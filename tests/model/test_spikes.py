@@ -219,7 +219,7 @@ def test_a_vocabulary_of_another_size_keeps_the_spikes_before_the_head():
     model.resize_token_embeddings(VOCABULARY + 3)
     after = model(ids).logits
     assert after.shape[-1] == VOCABULARY + 3 == model.lm_head.out_features
-    assert torch.equal(after[..., :VOCABULARY], before)
+    assert relative_rms(after[..., :VOCABULARY], before) < 1e-6
     assert isinstance(model.lm_head, SpikingHead)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from spikingbrain import record_spikes, registry
 from spikingbrain.codes import encode
 from spikingbrain.nir_graph import export_nir
+from spikingbrain.spiking import readers
 from spikingbrain.statistics import recorded_statistics
 from tests.model.conftest import tiny_model
 
@@ -110,9 +111,7 @@ def test_neurobench_counts_the_synaptic_operations_and_the_silence_that_we_count
     ours = recorded_statistics(model, record)
     accumulated, silent, channels = 0.0, 0.0, 0.0
     for name, (counts,) in record.counts.items():
-        block = model.get_submodule(name.rpartition(".encoders.")[0])
-        readers = block.readers(name.rpartition(".")[2])
-        outputs = sum(linear.out_features for linear in readers)
+        outputs = sum(linear.out_features for linear in readers(model, name).values())
         planes = encode(registry.load("codes", "bitwise"), counts).float().flatten(0, -2)
         net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(counts.shape[-1], outputs, bias=False))
         bench = TorchModel(net)

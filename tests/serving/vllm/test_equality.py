@@ -41,7 +41,7 @@ LAYOUTS = {
         "hidden_act": "relu",
     },
     "spikes, not all": {"mixers": ["gla", "sliding_window"], "spiking": {"exclude": ["v_proj"]}},
-    "spikes before the head too": {"mixers": ["gla"], "spiking": {"head": True}},
+    "spikes before the head too": {"mixers": ["gla"], "spiking": {"neuron": "dead_zone", "head": True}},
     "neurons with a memory": {"mixers": ["gla"], "spiking": {"neuron": "lif", "params": {"v_th": 0.05}}},
     "states of several sizes": {
         "mixers": ["gla", "rwkv", "softmax"],
