@@ -8,7 +8,7 @@ names what it ran on.
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,18 @@ class ResultsDiffer(InputError):
 
 def seconds(call: Callable[[int], object], *, repeats: int, warm_up: int = 1) -> float:
     """The time of `call(i)` that a tenth of the calls stay below."""
-    times = []
+    return seconds_in_turn([call], repeats=repeats, warm_up=warm_up)[0]
+
+
+def seconds_in_turn(calls: Sequence[Callable[[int], object]], *, repeats: int, warm_up: int = 1) -> list[float]:
+    """The same of several that take turns, so that a machine that slows down slows all of them."""
+    times: list[list[float]] = [[] for _ in calls]
     for i in range(-warm_up, repeats):
-        start = time.perf_counter()
-        call(i % repeats)
-        times.append(time.perf_counter() - start)
-    return sorted(times[warm_up:])[repeats // 10]
+        for call, own in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call(i % repeats)
+            own.append(time.perf_counter() - start)
+    return [sorted(own[warm_up:])[repeats // 10] for own in times]
 
 
 def read_bandwidth(size: int = 1 << 30) -> float:

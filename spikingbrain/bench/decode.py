@@ -1,6 +1,7 @@
 """Tokens a second of one sequence at several positions: packed in bf16, int8, with spikes; a Qwen2 beside them.
 
-The Qwen2 runs in Hugging Face's library and, where these are installed, in llama.cpp and vLLM.
+Ours take turns, token by token. The Qwen2 then runs in Hugging Face's library and, where these are installed, in
+llama.cpp and vLLM, whose threads would disturb the others.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from ..packing import prepare
-from . import Row, read_bandwidth, require_close, seconds
+from . import Row, read_bandwidth, require_close, seconds, seconds_in_turn
 from .models import ADAPTIVE, OurDecoder, TheirDecoder, ours, qwen2, silence
 from .peers import LlamaCpp, Vllm, lacking
 
@@ -32,12 +33,10 @@ def run(args: argparse.Namespace) -> list[Row]:
     """A row for each model and position."""
     roof = read_bandwidth()
     rows: list[Row] = [{"model": "read bandwidth", "GB/s": roof / 1e9}]
-    for name, model, size in _models(args):
-        config = model.config
-        for position in args.positions:
-            decoder = OurDecoder(model, position)
-            outside = {"outside kernels ms": decoder.seconds_outside() * 1e3}
-            rows.append(_row(name, decoder, position, size, roof, args.tokens) | outside)
+    models = list(_models(args))
+    config = models[0][1].config
+    rows += _in_turn(models, roof, args)
+    del models
     rows += _hugging_face("fp32", qwen2(config, "fp32"), roof, args)
     peer = qwen2(config, "bf16")
     rows += _hugging_face("bf16", peer, roof, args)
@@ -45,6 +44,19 @@ def run(args: argparse.Namespace) -> list[Row]:
         missing = lacking(name)
         rows += [{"model": f"{name}: {', '.join(missing)} not installed"}] if missing else rows_of(peer, roof, args)
     return rows
+
+
+def _in_turn(models: list[tuple[str, Any, int]], roof: float, args: argparse.Namespace) -> Iterator[Row]:
+    turns = [
+        (name, position, size, OurDecoder(model, position))
+        for name, model, size in models
+        for position in args.positions
+    ]
+    steps = [lambda _, decoder=decoder: decoder.step() for *_, decoder in turns]
+    times = seconds_in_turn(steps, repeats=args.tokens, warm_up=2)
+    for (name, position, size, decoder), took in zip(turns, times, strict=True):
+        outside = {"outside kernels ms": decoder.seconds_outside() * 1e3}
+        yield _figures(name, position, size, roof, took) | outside
 
 
 def _hugging_face(dtype: str, model: Any, roof: float, args: argparse.Namespace) -> Iterator[Row]:
@@ -84,13 +96,10 @@ def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any, int]]:
         packed = prepare(copy.deepcopy(dense), kind)
         require_close(f"the model in {kind}", _logits(packed), expected, TOLERANCE[kind])
         yield kind, packed, packed_bytes(packed)
-        del packed
-    del dense
-    for head, shares in ((False, (0.0, 0.7)), (True, (0.7,))):
+    for head, silent in ((False, 0.0), (False, 0.7), (True, 0.7)):
         spiking = prepare(ours(args.model, "bf16", args.layers, spiking={**ADAPTIVE, "head": head}), "int8")
-        for silent in shares:
-            name = f"int8, spikes, {silent:.0%} silent" + (", before the head too" if head else "")
-            yield name, silence(spiking, silent), packed_bytes(spiking)
+        name = f"int8, spikes, {silent:.0%} silent" + (", before the head too" if head else "")
+        yield name, silence(spiking, silent), packed_bytes(spiking)
 
 
 def _logits(model: Any) -> torch.Tensor:
