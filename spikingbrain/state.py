@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from spikingbrain_kernels import Slots
+from spikingbrain_kernels.memory import zeros
 
 LayerState = dict[str, Tensor | Slots]
 
@@ -31,7 +32,7 @@ class StateSpec:
     def allocate(self, rows: int, device: torch.device | str, capacity: int = 0) -> Tensor:
         """Zeros `[rows, *shape]`, with room for `capacity` tokens where the state grows."""
         shape = (capacity, *self.shape[1:]) if self.kind == "growing" else self.shape
-        return torch.zeros(rows, *shape, dtype=self.dtype, device=device)
+        return zeros((rows, *shape), self.dtype, device)
 
 
 def part(state: LayerState, owner: str) -> LayerState:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .memory import zeros
+
 KINDS = ("fp32", "bf16", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 GROUP = 128  # inputs that share a scale in int8
@@ -92,7 +94,7 @@ def pack_codes(codes: Tensor, scale: Tensor) -> Packed:
 def _panels(weight: Tensor, scale: Tensor | None) -> Packed:
     out_features, in_features = weight.shape
     padded = out_features + -out_features % UNIT
-    flat = torch.zeros(padded * in_features, dtype=weight.dtype, device=weight.device)
+    flat = zeros([padded * in_features], weight.dtype, weight.device)
     width = panel_of(out_features)
     for start in range(0, out_features, width):
         panel = flat[start * in_features : min(start + width, padded) * in_features].view(in_features, -1)
