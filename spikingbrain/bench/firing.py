@@ -8,7 +8,7 @@ recording does so here, and so does a token's share.
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..evaluation import pieces, text_files
 from ..files import read_json
 from ..packing import prepare
 from ..spiking import encoders, record_spikes, weights_read_by
-from . import Row, require_close, seconds
+from . import Row, require_close, seconds_in_turn
 from .decode import TOLERANCE, packed_bytes
 from .models import OurDecoder, ours, replay, silence
 
@@ -48,21 +48,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> list[Row]:
     """A row for the dense path, one for spikes of which none is silent, and one for each recorded model."""
-    rows = [_row("int8, dense", prepare(ours(args.model, "bf16", args.layers), "int8"), args)]
+    models = list(_models(args))
+    decoders = [OurDecoder(model, args.position) for _, model, _ in models]
+    # Passes through all recorded tokens, so that none is left out.
+    passes = [lambda _, decoder=decoder: [decoder.step() for _ in range(args.tokens)] for decoder in decoders]
+    times = [took / args.tokens for took in seconds_in_turn(passes, repeats=PASSES)]
+    rows = []
+    for (name, model, unread), took in zip(models, times, strict=True):
+        row = {"model": name, "ms": took * 1e3, "tokens/s": 1 / took, "weights GB": packed_bytes(model) / 1e9}
+        rows.append(row if unread is None else row | {"weights unread": unread, "times dense": times[0] / took})
+    return rows
+
+
+def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any, float | None]]:
+    """Names, models, and the share of weights that the recorded ones leave out."""
+    yield "int8, dense", prepare(ours(args.model, "bf16", args.layers), "int8"), None
     files = text_files(args.text, args.glob)
     for number, path in enumerate(args.recorded):
         spiking = _spiking(path)
+        if number == 0:
+            model = prepare(ours(args.model, "bf16", args.layers, spiking=spiking), "int8")
+            yield f"int8, {spiking['neuron']}, none silent", silence(model, 0.0), None
         model = ours(args.model, "bf16", args.layers, spiking=spiking)
         counts = stretch(record(path, files, args.tokens), model)
         share = unread_weights(model, counts)
         expected = _logits(replay(model, counts))
         prepare(model, "int8")
         require_close(f"the model firing as {path}", _logits(replay(model, counts)), expected, TOLERANCE["int8"])
-        if number == 0:
-            rows.append(_row(f"int8, {spiking['neuron']}, none silent", silence(model, 0.0), args))
-        row = _row(f"int8, firing as {_name(path)}", replay(model, counts), args)
-        rows.append({**row, "weights unread": share, "times dense": rows[0]["ms"] / row["ms"]})
-    return rows
+        yield f"int8, firing as {_name(path)}", replay(model, counts), share
 
 
 def _spiking(path: str) -> dict[str, Any]:
@@ -132,10 +145,3 @@ def unread_weights(model: Any, counts: dict[str, Tensor]) -> float:
 def _logits(model: Any) -> Tensor:
     torch.manual_seed(0)
     return OurDecoder(model, 1).step()
-
-
-def _row(name: str, model: Any, args: argparse.Namespace) -> Row:
-    """The time of a token over passes through all recorded tokens: the best pass, so that no token is left out."""
-    decoder = OurDecoder(model, args.position)
-    took = seconds(lambda _: [decoder.step() for _ in range(args.tokens)], repeats=PASSES) / args.tokens
-    return {"model": name, "ms": took * 1e3, "tokens/s": 1 / took, "weights GB": packed_bytes(model) / 1e9}
