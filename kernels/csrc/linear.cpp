@@ -47,21 +47,26 @@ void to_pairs(const bf16* x, int64_t in, int32_t* pairs) {
     for (int64_t k = 0; k < in; k += 2) pairs[k / 2] = (int32_t)((uint32_t)x[k].bits << 16 | x[k + 1].bits);
 }
 
-// Whether to read every channel of a row of counts: few are silent, and floats hold each group's sum exactly.
-bool read_all(const Packed& w, const int16_t* counts) {
-    const int64_t in = w.in;
-    int64_t silent = 0, most = 0;
-    for (int64_t k = 0; k < in; k += GROUP) {
-        int32_t total = 0, zeros = 0;
-        for (int64_t i = k; i < smaller(in, k + GROUP); i++) {
-            total += counts[i] < 0 ? -counts[i] : counts[i];
-            zeros += counts[i] == 0;
+// What a row's counts are in all.
+struct Activity {
+    int64_t silent = 0, total = 0, most = 0;  // channels; counts' sizes, and the most of a group
+
+    Activity(const int16_t* counts, int64_t in) {
+        for (int64_t k = 0; k < in; k += GROUP) {
+            int32_t sum = 0, zeros = 0;
+            for (int64_t i = k; i < smaller(in, k + GROUP); i++) {
+                sum += counts[i] < 0 ? -counts[i] : counts[i];
+                zeros += counts[i] == 0;
+            }
+            silent += zeros, total += sum;
+            most = larger(most, sum);
         }
-        silent += zeros;
-        most = larger(most, total);
     }
-    return (double)silent < few_silent(w) * (double)in && most * 128 <= 1 << 24;
-}
+    // Whether to read every channel: few are silent, and floats hold each group's sum exactly.
+    bool read_all(const Packed& w) const {
+        return (double)silent < few_silent(w) * (double)w.in && most * 128 <= 1 << 24;
+    }
+};
 
 }  // namespace
 
@@ -72,18 +77,19 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
                int64_t out_type, int64_t rows, int64_t counts, double break_even, int64_t threads) {
     if (rows == 0 || w->out == 0) return;
     const int64_t in = w->in, stride = padded(in, W);
-    Buffer<float> wide(rows * stride);
+    const bool as_is = x_type == F32 && stride == in;
+    Buffer<float> wide(as_is ? 0 : rows * stride);
+    const float* floats = as_is ? (const float*)x : wide.data;
     Buffer<bool> whole(rows);
     const bool integers = counts && w->kind == INT8;
     Buffer<int16_t> small(integers ? rows * stride : 0);
 #pragma omp parallel for num_threads(threads) if (rows > 8)
     for (int64_t row = 0; row < rows; row++) {
-        float* to = wide.data + row * stride;
         if (x_type == I16)
-            widen_counts((const int16_t*)x + row * in, in, to);
-        else
-            widen_row(at(x, x_type, row * in), x_type, in, to);
-        whole.data[row] = integers && to_counts(to, in, small.data + row * stride);
+            widen_counts((const int16_t*)x + row * in, in, wide.data + row * stride);
+        else if (!as_is)
+            widen_row(at(x, x_type, row * in), x_type, in, wide.data + row * stride);
+        whole.data[row] = integers && to_counts(floats + row * stride, in, small.data + row * stride);
     }
     const bool halves = w->kind == HALF && x_type == BF16 && rows > FEW_ROWS && in % 2 == 0 && has_pairs();
     Buffer<int32_t> pairs(halves ? rows * stride / 2 : 0);
@@ -91,21 +97,29 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
         to_pairs((const bf16*)x + row * in, in, pairs.data + row * stride / 2);
     bool all_whole = integers;
     for (int64_t row = 0; row < rows; row++) all_whole &= whole.data[row];
-    Call call{*w, wide.data, all_whole ? small.data : nullptr, halves ? pairs.data : nullptr,
+    Call call{*w, floats, all_whole ? small.data : nullptr, halves ? pairs.data : nullptr,
               token_scale, bias, out, out_type, rows, stride};
     // Rows whose counts do not fit go alone, so that they change nothing for the others.
     const bool apart = rows == 1 || (integers && !all_whole);
-    const bool all = !counts || (rows == 1 && all_whole && read_all(*w, small.data));
-    if (all) whole.data[0] = false;
     Lists lists(rows);
-    if (apart || (counts && rows <= MAX_SPARSE_ROWS))
-        for (int64_t row = 0; row < rows; row++) lists.add(wide.data + row * stride, in, all, whole.data[row]);
+    for (int64_t row = 0; row < rows && (apart || (counts && rows <= MAX_SPARSE_ROWS)); row++) {
+        const float* own = floats + row * stride;
+        if (!whole.data[row]) {
+            lists.add(own, in, !counts);
+            continue;
+        }
+        const Activity activity(small.data + row * stride, in);
+        if (rows == 1 && activity.read_all(*w))
+            lists.add(own, in, true);
+        else
+            lists.add_counts(own, in, activity.total);
+    }
     const bool by_row = apart || (lists.rows && (double)lists.active <= break_even * (double)in);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t thread = 0; thread < threads; thread++) {
         if (by_row) {
             share(*w, thread, threads, MAX_PANEL,
-                  [&](const Columns& columns) { rows_one_by_one(call, lists, whole.data, columns); });
+                  [&](const Columns& columns) { rows_one_by_one(call, lists, columns); });
         } else {
             const Shape block = block_of(rows, w->kind);
             Scratch scratch(smaller(rows, MAX_ROWS), block);

@@ -53,50 +53,97 @@ int64_t keep(vf x, int64_t k, int64_t channels, bool all, int32_t* index, float*
 #endif
 }
 
-// The channels of one row to be read, in order. A group's channels are `index[start[g] .. start[g + 1]]`; of counts they are
-// an even number, of which the last may count zero times, and `pairs` are their counts, two in one.
+// The channels of one row to be read, in order, and what their weights are multiplied with. A group's are
+// `index[start[g] .. start[g + 1]]`.
 struct Channels {
-    static constexpr int64_t LATER = 8;  // places behind the last that can be read, too
+    static constexpr int64_t LATER = 2;  // places behind the last that can be read, too
     bool all;
-    Buffer<int32_t> index, pairs;
+    Buffer<int32_t> index;
     Buffer<float> value;
     Buffer<int64_t> start;
-    int64_t groups, fired = 0, end = 0;
+    int64_t groups, end = 0;
 
     // x can be read to the next multiple of W.
-    Channels(const float* x, int64_t in, bool all, bool counts)
-        : all(all), index(in + groups_of(in) + W + LATER), pairs(counts ? (in + groups_of(in)) / 2 + 1 : 0),
-          value(in + groups_of(in) + W), start(groups_of(in) + 1), groups(groups_of(in)) {
+    Channels(const float* x, int64_t in, bool all)
+        : all(all), index(in + W + LATER), value(in + W), start(groups_of(in) + 1), groups(groups_of(in)) {
         for (int64_t g = 0; g < groups; g++) {
             start.data[g] = end;
-            for (int64_t k = g * GROUP; k < smaller(in, (g + 1) * GROUP); k += W) {
-                const int64_t kept = keep(load(x + k), k, smaller(W, in - k), all, index.data + end, value.data + end);
-                end += kept, fired += kept;
-            }
-            if (counts && end % 2) {
-                index.data[end] = index.data[end - 1];
-                value.data[end++] = 0;
-            }
+            for (int64_t k = g * GROUP; k < smaller(in, (g + 1) * GROUP); k += W)
+                end += keep(load(x + k), k, smaller(W, in - k), all, index.data + end, value.data + end);
         }
         start.data[groups] = end;
         for (int64_t i = 0; i < LATER; i++) index.data[end + i] = end ? index.data[end - 1] : 0;
-        for (int64_t i = 0; counts && i < end; i += 2)
-            pairs.data[i / 2] = (int32_t)((uint16_t)(int16_t)value.data[i] | (uint32_t)(int32_t)value.data[i + 1] << 16);
     }
     int64_t middle() const { return start.data[(groups + 1) / 2]; }
+    int64_t fired() const { return end; }
 };
 
-// Runs of weights to be added to sums: of N channels, one after another in memory, times their values, or of two, wherever
-// they lie, times a pair of counts. As much of what is read later is fetched.
+// Spike counts of one row, four to a quad. Four products of codes with counts of up to MOST fit in 16 bits, so a larger count
+// is several, of the same channel. A group's quads are `start[g] .. start[g + 1]`; its last counts may be zero.
+struct Quads {
+    static constexpr int64_t LATER = 1;  // quads behind the last that can be read, too
+    static constexpr int MOST = 63;
+    Buffer<int32_t> index;    // [quads, 4]
+    Buffer<uint32_t> counts;  // [quads], four bytes
+    Buffer<int64_t> start;
+    int64_t groups, channels = 0, end = 0;
+
+    // x can be read to the next multiple of W; total: the sum of all counts' sizes.
+    Quads(const float* x, int64_t in, int64_t total)
+        : index(most(in, total) * 4), counts(most(in, total)), start(groups_of(in) + 1), groups(groups_of(in)) {
+        int32_t place[GROUP + W];
+        float count[GROUP + W] = {};
+        for (int64_t g = 0; g < groups; g++) {
+            vi large{};
+            int64_t kept = 0;
+            for (int64_t k = g * GROUP; k < smaller(in, (g + 1) * GROUP); k += W) {
+                const vf counts = load(x + k);
+                large |= (counts > splat(MOST)) | (counts < splat(-MOST));
+                kept += keep(counts, k, smaller(W, in - k), false, place + kept, count + kept);
+            }
+            start.data[g] = end;
+            channels += kept;
+            append(place, count, kept, any(large));
+        }
+        start.data[groups] = end;
+        for (int i = 0; i < 4; i++) index.data[4 * end + i] = end ? index.data[4 * end - 1] : 0;
+    }
+    int64_t fired() const { return channels; }
+
+   private:
+    static int64_t most(int64_t in, int64_t total) { return (in + total / MOST) / 4 + groups_of(in) + LATER + W / 4; }
+
+    void append(const int32_t* place, const float* count, int64_t kept, bool large) {
+        int8_t* bytes = (int8_t*)(counts.data + end);
+        int32_t* to = index.data + 4 * end;
+        int64_t n = kept;
+        if (large) {
+            n = in_parts(place, count, kept, to, bytes);
+        } else {
+            memcpy(to, place, kept * sizeof *to);
+            for (int64_t i = 0; i < kept; i += W) store(bytes + i, __builtin_convertvector(load(count + i), vi));
+        }
+        for (; n % 4; n++) to[n] = to[n - 1], bytes[n] = 0;
+        end += n / 4;
+    }
+    static int64_t in_parts(const int32_t* place, const float* count, int64_t kept, int32_t* to, int8_t* bytes) {
+        int64_t n = 0;
+        for (int64_t i = 0; i < kept; i++)
+            for (int32_t rest = (int32_t)count[i]; rest; n++) {
+                const int32_t part = rest > MOST ? MOST : rest < -MOST ? -MOST : rest;
+                to[n] = place[i], bytes[n] = (int8_t)part;
+                rest -= part;
+            }
+        return n;
+    }
+};
+
+// Runs of weights to be added to sums, of N channels, one after another in memory, times their values. As much of what is
+// read later is fetched.
 template <class T, int N>
 struct Run {
     const T *row[N], *next;
     vf value[N];
-};
-
-struct Pair {
-    const int8_t *row[2], *next[2];
-    vi counts;
 };
 
 // UNIT outputs from `n` on.
@@ -111,19 +158,6 @@ void add(float* sums, const Run<T, N>& run, int64_t n) {
     }
 }
 
-// The same for counts, in the order of `interleave`.
-void add(int32_t* sums, const Pair& pair, int64_t n) {
-    __builtin_prefetch(pair.next[0] + n);
-    __builtin_prefetch(pair.next[1] + n);
-#pragma GCC unroll 16
-    for (int i = 0; i < UNIT; i += 2 * W) {
-        vi low, high;
-        interleave(pair.row[0] + n + i, pair.row[1] + n + i, &low, &high);
-        store_int(sums + n + i, dot_pairs(load_int(sums + n + i), low, pair.counts));
-        store_int(sums + n + i + W, dot_pairs(load_int(sums + n + i + W), high, pair.counts));
-    }
-}
-
 // Channels of a list whose runs of `width` begin at `base + channel * stride`.
 template <class T>
 struct Runs {
@@ -134,39 +168,35 @@ struct Runs {
     const T* row(int64_t i) const { return base + list.index.data[i] * stride; }
     // N channels from the i-th on.
     template <int N>
-    auto at(int64_t i, const float*) const {
+    Run<T, N> at(int64_t i) const {
         Run<T, N> run;
         run.next = list.all ? row(i) + AHEAD / sizeof(T) : row(i + 2);
         for (int c = 0; c < N; c++) run.row[c] = row(i + c), run.value[c] = splat(list.value.data[i + c]);
         return run;
     }
-    template <int N>
-    auto at(int64_t i, const int32_t*) const {
-        return Pair{{row(i), row(i + 1)}, {row(i + 4), row(i + 5)}, splat_int(list.pairs.data[i / 2])};
-    }
 };
 
 // sums[0] += channels begin[0] .. end[0], sums[1] += channels begin[1] .. end[1], N of each in turn.
-template <int N, class T, class Acc>
-void stream(const Runs<T>& runs, const int64_t* begin, const int64_t* end, Acc (*sums)[MAX_PANEL]) {
+template <int N, class T>
+void stream(const Runs<T>& runs, const int64_t* begin, const int64_t* end, float (*sums)[MAX_PANEL]) {
     int64_t i = begin[0], j = begin[1];
     for (; i + N <= end[0] && j + N <= end[1]; i += N, j += N) {
-        const auto one = runs.template at<N>(i, sums[0]), other = runs.template at<N>(j, sums[1]);
+        const auto one = runs.template at<N>(i), other = runs.template at<N>(j);
         for (int64_t n = 0; n < runs.width; n += UNIT) {
             add(sums[0], one, n);
             add(sums[1], other, n);
         }
     }
     for (; i + N <= end[0]; i += N) {
-        const auto one = runs.template at<N>(i, sums[0]);
+        const auto one = runs.template at<N>(i);
         for (int64_t n = 0; n < runs.width; n += UNIT) add(sums[0], one, n);
     }
     for (; j + N <= end[1]; j += N) {
-        const auto other = runs.template at<N>(j, sums[1]);
+        const auto other = runs.template at<N>(j);
         for (int64_t n = 0; n < runs.width; n += UNIT) add(sums[1], other, n);
     }
     const int64_t rest[] = {i, j};
-    if constexpr (N > 1 && (Acc)0.5f != 0) stream<1>(runs, rest, end, sums);
+    if constexpr (N > 1) stream<1>(runs, rest, end, sums);
 }
 
 // One row's sums over both halves of its inputs, for weights without scales.
@@ -176,17 +206,16 @@ void one_row(const Runs<T>& runs, float (*total)[MAX_PANEL]) {
     stream<1>(runs, begin, end, total);
 }
 
-// The same for int8, all in the first sums: groups in order, two at a time. Acc: int32 for counts, else float.
-template <class Acc>
+// The same for int8, all in the first sums: groups in order, two at a time.
 void one_row(const Runs<int8_t>& runs, const float* scale, int64_t scales, float (*total)[MAX_PANEL]) {
-    alignas(64) Acc sums[2][MAX_PANEL];
+    alignas(64) float sums[2][MAX_PANEL];
     const int64_t *start = runs.list.start.data, groups = runs.list.groups;
-    const bool two = (Acc)0.5f == 0 || (TOGETHER == 2 && runs.list.all && runs.width == runs.stride);
+    const bool together = TOGETHER == 2 && runs.list.all && runs.width == runs.stride;
     for (int64_t g = 0; g < groups; g += 2) {
         const int64_t last = smaller(g + 2, groups);
         const int64_t begin[] = {start[g], start[g + 1]}, end[] = {start[g + 1], start[last]};
-        for (int part = 0; part < 2; part++) memset(sums[part], 0, runs.width * sizeof(Acc));
-        if (two)
+        for (int part = 0; part < 2; part++) memset(sums[part], 0, runs.width * sizeof(float));
+        if (together)
             stream<2>(runs, begin, end, sums);
         else
             stream<1>(runs, begin, end, sums);
@@ -195,32 +224,133 @@ void one_row(const Runs<int8_t>& runs, const float* scale, int64_t scales, float
     }
 }
 
-struct Lists {
-    Buffer<Channels*> row;
-    int64_t rows = 0, active = 0;
+// Sums of products with counts: in 16 bits, in the order of `interleave`, and what became too large for them.
+struct Sums {
+    alignas(64) int16_t small[MAX_PANEL];
+    alignas(64) int32_t large[MAX_PANEL];
 
-    explicit Lists(int64_t most) : row(most) {}
-    ~Lists() {
-        for (int64_t i = 0; i < rows; i++) delete row.data[i];
+    explicit Sums(int64_t width) {
+        memset(small, 0, width * sizeof *small);
+        memset(large, 0, width * sizeof *large);
     }
-    void add(const float* x, int64_t in, bool all, bool counts) {
-        row.data[rows] = new Channels(x, in, all, counts);
-        active += row.data[rows++]->fired;
+    // Calls with(n, W sums from the n-th on), and all are zero.
+    template <class With>
+    void take(int64_t width, With with) {
+        for (int64_t n = 0; n < width; n += 4 * W) {
+            int16_t part[4 * W];
+            vi low, high, ordered[2];
+            memcpy(&low, small + n, sizeof low);
+            memcpy(&high, small + n + 2 * W, sizeof high);
+            in_order(low, high, &ordered[0], &ordered[1]);
+            memcpy(part, ordered, sizeof part);
+            memset(small + n, 0, sizeof part);
+            for (int64_t i = 0; i < 4 * W; i += W) with(n + i, load_int(part + i) + load_int(large + n + i));
+        }
+    }
+    void make_room(int64_t width) {
+        take(width, [&](int64_t n, vi sum) { store_int(large + n, sum); });
+    }
+    void add_to(float* total, const float* scale, int64_t width) {
+        take(width, [&](int64_t n, vi sum) {
+            store(total + n, load(total + n) + load(scale + n) * to_float(sum));
+            store_int(large + n, vi{});
+        });
     }
 };
 
-void rows_one_by_one(const Call& call, const Lists& lists, const bool* whole, const Columns& c) {
+// One row of counts. Line by line its channels are read four at a time, as four short runs with gaps are read no slower than
+// one long one.
+struct Counted {
+    const Quads& list;
+    const int8_t* base;
+    int64_t stride, width;
+
+    void add(int16_t* sums, int64_t quad) const {
+        const int8_t *row[4], *next[4];
+        for (int c = 0; c < 4; c++) {
+            row[c] = base + list.index.data[4 * quad + c] * stride;
+            next[c] = base + list.index.data[4 * quad + 4 + c] * stride;
+        }
+        const uint32_t counts = list.counts.data[quad];
+        const vbytes first = (vbytes)(vshorts{} + (int16_t)counts), second = (vbytes)(vshorts{} + (int16_t)(counts >> 16));
+        for (int64_t n = 0; n < width; n += UNIT) {
+            for (int c = 0; c < 4; c++) __builtin_prefetch(next[c] + n);
+#pragma GCC unroll 4
+            for (int64_t i = n; i < n + UNIT; i += 4 * W) {
+                vbytes a[2], b[2];
+                interleave(row[0] + i, row[1] + i, &a[0], &a[1]);
+                interleave(row[2] + i, row[3] + i, &b[0], &b[1]);
+                for (int half = 0; half < 2; half++) {
+                    vshorts sum;
+                    int16_t* at = sums + i + half * 2 * W;
+                    memcpy(&sum, at, sizeof sum);
+                    sum += dot_bytes(a[half], first) + dot_bytes(b[half], second);
+                    memcpy(at, &sum, sizeof sum);
+                }
+            }
+        }
+    }
+    // Of four counts: no sum of their products with codes of -128 to 127 is larger than 128 times as much.
+    static int size(uint32_t counts) {
+        int total = 0;
+        for (int c = 0; c < 32; c += 8) total += abs((int8_t)(counts >> c));
+        return total;
+    }
+    void row(const float* scale, int64_t scales, float* total) const {
+        Sums sums(width);
+        for (int64_t g = 0; g < list.groups; g++) {
+            int used = 0;
+            for (int64_t quad = list.start.data[g]; quad < list.start.data[g + 1]; quad++) {
+                const int more = size(list.counts.data[quad]);
+                if (used + more > 255) sums.make_room(width), used = 0;
+                add(sums.small, quad);
+                used += more;
+            }
+            if (used) sums.add_to(total, scale + g * scales, width);
+        }
+    }
+};
+
+// Each row's list: of counts, or else of channels in floats.
+struct Lists {
+    Buffer<Channels*> channels;
+    Buffer<Quads*> quads;
+    int64_t rows = 0, active = 0;
+
+    explicit Lists(int64_t most) : channels(most), quads(most) {}
+    ~Lists() {
+        for (int64_t i = 0; i < rows; i++) {
+            delete channels.data[i];
+            delete quads.data[i];
+        }
+    }
+    void add(const float* x, int64_t in, bool all) {
+        quads.data[rows] = nullptr;
+        channels.data[rows] = new Channels(x, in, all);
+        active += channels.data[rows++]->fired();
+    }
+    void add_counts(const float* x, int64_t in, int64_t total) {
+        channels.data[rows] = nullptr;
+        quads.data[rows] = new Quads(x, in, total);
+        active += quads.data[rows++]->fired();
+    }
+};
+
+void rows_one_by_one(const Call& call, const Lists& lists, const Columns& c) {
     const Packed& w = call.w;
     const float* scale = w.scale + c.first;
+    const int64_t scales = padded(w.out, UNIT);
     for (int64_t row = 0; row < call.rows; row++) {
         alignas(64) float total[2][MAX_PANEL];
         for (int part = 0; part < 2; part++) memset(total[part], 0, c.width * sizeof(float));
-        const Channels& list = *lists.row.data[row];
-        if (w.kind == FP32) one_row(Runs<float>{list, weights_of<float>(w, c), c.stride, c.width}, total);
-        if (w.kind == HALF) one_row(Runs<bf16>{list, weights_of<bf16>(w, c), c.stride, c.width}, total);
-        const Runs<int8_t> codes{list, weights_of<int8_t>(w, c), c.stride, c.width};
-        if (w.kind == INT8 && whole[row]) one_row<int32_t>(codes, scale, padded(w.out, UNIT), total);
-        if (w.kind == INT8 && !whole[row]) one_row<float>(codes, scale, padded(w.out, UNIT), total);
+        if (const Quads* quads = lists.quads.data[row]) {
+            Counted{*quads, weights_of<int8_t>(w, c), c.stride, c.width}.row(scale, scales, total[0]);
+        } else {
+            const Channels& list = *lists.channels.data[row];
+            if (w.kind == FP32) one_row(Runs<float>{list, weights_of<float>(w, c), c.stride, c.width}, total);
+            if (w.kind == HALF) one_row(Runs<bf16>{list, weights_of<bf16>(w, c), c.stride, c.width}, total);
+            if (w.kind == INT8) one_row(Runs<int8_t>{list, weights_of<int8_t>(w, c), c.stride, c.width}, scale, scales, total);
+        }
         finish(call, row, c.first, c.width, total[0], total[1]);
     }
 }

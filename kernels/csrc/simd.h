@@ -48,8 +48,27 @@ static inline vi load_int(const int32_t* p) {
     return x;
 }
 
+static inline vi load_int(const int16_t* p) {
+    int16_t part __attribute__((vector_size(2 * W)));
+    memcpy(&part, p, sizeof part);
+    return __builtin_convertvector(part, vi);
+}
+
 static inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
 static inline void store_int(int32_t* p, vi x) { memcpy(p, &x, sizeof x); }
+
+// Whole numbers that fit in a byte.
+static inline void store(int8_t* p, vi x) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
+#elif defined(__AVX2__)
+    const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+    const __m128i shorts = _mm_packs_epi32(low, high);
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(shorts, shorts));
+#else
+    for (int i = 0; i < W; i++) p[i] = (int8_t)x[i];
+#endif
+}
 
 static inline float widen(bf16 x) {
     uint32_t bits = (uint32_t)x.bits << 16;
@@ -150,6 +169,13 @@ struct Tensor {
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Whether any lane of a comparison is true.
+static inline bool any(vi x) {
+    int either = 0;
+    for (int i = 0; i < W; i++) either |= x[i];
+    return either;
+}
+
 static inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
 // acc += products of int16 pairs, summed in pairs.
@@ -164,6 +190,23 @@ static inline vi dot_pairs(vi acc, vi a, vi b) {
     const int16_t *x = (const int16_t*)&a, *y = (const int16_t*)&b;
     for (int i = 0; i < W; i++) acc[i] += (int32_t)x[2 * i] * y[2 * i] + (int32_t)x[2 * i + 1] * y[2 * i + 1];
     return acc;
+#endif
+}
+
+typedef int8_t vbytes __attribute__((vector_size(4 * W)));
+typedef int16_t vshorts __attribute__((vector_size(4 * W)));
+
+// Products of pairs of bytes, summed in pairs, which have to fit in 16 bits.
+static inline vshorts dot_bytes(vbytes a, vbytes b) {
+#if defined(__AVX512F__)
+    const __mmask64 negative = _mm512_movepi8_mask((__m512i)a);
+    const __m512i turned = _mm512_mask_sub_epi8((__m512i)b, negative, _mm512_setzero_si512(), (__m512i)b);
+    return (vshorts)_mm512_maddubs_epi16(_mm512_abs_epi8((__m512i)a), turned);
+#elif defined(__AVX2__)
+    return (vshorts)_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)a), _mm256_sign_epi8((__m256i)b, (__m256i)a));
+#else
+    const vshorts x = (vshorts)a, y = (vshorts)b;
+    return ((x << 8) >> 8) * ((y << 8) >> 8) + (x >> 8) * (y >> 8);
 #endif
 }
 
@@ -212,11 +255,30 @@ static inline void in_order(vi low, vi high, vi* first, vi* second) {
 
 #if defined(__AVX512F__)
 #define VECTOR(name) _mm512_##name
+typedef __m512i bits;
 #elif defined(__AVX2__)
 #define VECTOR(name) _mm256_##name
+typedef __m256i bits;
 #elif defined(__SSE2__)
 #define VECTOR(name) _mm_##name
+typedef __m128i bits;
 #endif
+
+// Two rows of 4W bytes as pairs, in an order of lanes that `in_order` undoes for their sums.
+static inline void interleave(const int8_t* a, const int8_t* b, vbytes* low, vbytes* high) {
+    vbytes x, y;
+    memcpy(&x, a, sizeof x);
+    memcpy(&y, b, sizeof y);
+#if defined(__SSE2__)
+    *low = (vbytes)VECTOR(unpacklo_epi8)((bits)x, (bits)y);
+    *high = (vbytes)VECTOR(unpackhi_epi8)((bits)x, (bits)y);
+#else
+    for (int i = 0; i < 2 * W; i++) {
+        (*low)[2 * i] = x[i], (*low)[2 * i + 1] = y[i];
+        (*high)[2 * i] = x[2 * W + i], (*high)[2 * i + 1] = y[2 * W + i];
+    }
+#endif
+}
 
 #if defined(__SSE2__)
 // Four elements of every fourth of W rows, a lane of 128 bits each.
