@@ -321,3 +321,5 @@ EXPORT(window_attention)(const Attention* a, int64_t documents, int64_t threads)
         }
     }
 }
+
+REPLAYED(window_attention)

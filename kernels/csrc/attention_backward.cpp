@@ -200,3 +200,5 @@ EXPORT(window_attention_backward)(const Attention* a, const Gradients* g, int64_
     for (int64_t task = 0; task < documents * a->groups; task++)
         Backward(*a, *g, task / a->groups, task % a->groups).run();
 }
+
+REPLAYED(window_attention_backward)

@@ -160,3 +160,7 @@ EXPORT(short_conv)(const Channels* c, const float* weight, int64_t taps, int64_t
             s.store_state(kept, i, inputs.data + (oldest + i) % taps * SLICE);
     });
 }
+
+REPLAYED(wkv)
+REPLAYED(lif_scan)
+REPLAYED(short_conv)

@@ -6,11 +6,19 @@
 
 namespace {
 
+// out = f(n values of each x).
+template <class T, class F, class... Xs>
+void each(int64_t n, T* out, F f, const Xs*... x) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, f(load(x + i)...));
+    if (i < n) store_part(out + i, f(load_part(x + i, n - i)...), n - i);
+}
+
 void narrow_row(const float* x, int64_t n, void* out, int64_t type) {
     if (type == F32)
         memcpy(out, x, n * sizeof(float));
     else
-        for (int64_t i = 0; i < n; i++) ((bf16*)out)[i] = narrow(x[i]);
+        each(n, (bf16*)out, [](vf v) { return v; }, x);
 }
 
 // Sum of f over a row of n values that is followed by zeros up to whole vectors.
@@ -33,6 +41,24 @@ vf nearest_even(vf x) {
 vf one_and_power(vf x) { return splat(1.0f) + (x < splat(-88.0f) ? splat(INFINITY) : exponential(-x)); }
 
 }  // namespace
+
+// out [n] = x + y. This and `relu` are torch's, in steps that are made again.
+EXPORT(add)(const void* x, const void* y, int64_t type, int64_t n, void* out) {
+    const auto sum = [](vf a, vf b) { return a + b; };
+    if (type == F32)
+        each(n, (float*)out, sum, (const float*)x, (const float*)y);
+    else
+        each(n, (bf16*)out, sum, (const bf16*)x, (const bf16*)y);
+}
+
+// out [n] = the larger of x and 0; NaN stays NaN.
+EXPORT(relu)(const void* x, int64_t type, int64_t n, void* out) {
+    const auto positive = [](vf a) { return a < vf{} ? vf{} : a; };
+    if (type == F32)
+        each(n, (float*)out, positive, (const float*)x);
+    else
+        each(n, (bf16*)out, positive, (const bf16*)x);
+}
 
 // x, out [rows, n]; out = x / rms(x) * weight, rms over the n values, in fp32.
 EXPORT(rms_norm)(const void* x, int64_t type, const float* weight, float epsilon, int64_t rows, int64_t n, void* out,
@@ -162,3 +188,13 @@ EXPORT(rotary)(const void* x, int64_t type, const int64_t* positions, const floa
         }
     }
 }
+
+REPLAYED(add)
+REPLAYED(relu)
+REPLAYED(rms_norm)
+REPLAYED(encode_adaptive)
+REPLAYED(encode_dead_zone)
+REPLAYED(swiglu)
+REPLAYED(log_sigmoid)
+REPLAYED(rotary)
+REPLAYED(swiglu_backward)

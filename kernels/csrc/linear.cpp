@@ -130,3 +130,5 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
         }
     }
 }
+
+REPLAYED(linear)

@@ -253,3 +253,6 @@ EXPORT(gated_linear_backward)(const Recurrence* r, const Gradients* g, int64_t d
     for (int64_t task = 0; task < documents * r->groups; task++)
         Backward(*r, *g, task / r->groups, task % r->groups).run();
 }
+
+REPLAYED(gated_linear)
+REPLAYED(gated_linear_backward)

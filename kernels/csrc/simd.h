@@ -7,6 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <type_traits>
+#include <utility>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -122,7 +125,11 @@ static inline vf load(const int8_t* p) {
 }
 
 static inline void store(bf16* p, vf x) {
-    for (int i = 0; i < W; i++) p[i] = narrow(x[i]);
+    typedef uint32_t vu __attribute__((vector_size(4 * W)));
+    typedef uint16_t vh __attribute__((vector_size(2 * W)));
+    const vu all = (vu)x, rounded = (all + 0x7fff + ((all >> 16) & 1)) >> 16;
+    const vh half = __builtin_convertvector(x == x ? rounded : (all >> 16) | 0x40, vh);
+    memcpy(p, &half, sizeof half);
 }
 
 // The first n < W elements, and zeros.
@@ -376,3 +383,31 @@ struct Buffer {
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
 };
+
+// An argument of a call that is made again; see `sb_replay`.
+union Word {
+    int64_t whole;
+    double real;
+
+    template <class T>
+    T to() const {
+        if constexpr (std::is_floating_point_v<T>)
+            return (T)real;
+        else
+            return (T)whole;
+    }
+};
+
+template <class... Args, size_t... Place>
+static inline void call_with(void (*function)(Args...), const Word* words, std::index_sequence<Place...>) {
+    function(words[Place].to<Args>()...);
+}
+
+template <class... Args>
+static inline void call_with(void (*function)(Args...), const Word* words) {
+    call_with(function, words, std::index_sequence_for<Args...>());
+}
+
+// A function beside an exported one that takes its arguments as words.
+#define REPLAYED(name) \
+    EXPORT(name##_replayed)(const Word* words) { call_with(SYMBOL(LEVEL, name), words); }

@@ -6,8 +6,10 @@ best level this processor has is used unless another is asked for by name.
 
 import contextlib
 import ctypes
+import struct
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_double, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 from .backends import BackendError
 
 # What the functions below take and mean: raised, here and in `csrc/levels.cpp`, with every change of it.
-VERSION = 4
+VERSION = 5
 FILE = Path(__file__).with_name("libnative.so")
 LEVELS = ("avx512", "avx2", "baseline")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int16: 2}
@@ -36,6 +38,8 @@ SIGNATURES = {
     "wkv": [*[c_void_p] * 4, c_int64, c_int64],
     "lif_scan": [c_void_p, *[c_float] * 3, *[c_int64] * 4],
     "short_conv": [c_void_p, c_void_p, *[c_int64] * 3],
+    "add": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
+    "relu": [c_void_p, c_int64, c_int64, c_void_p],
     "rms_norm": [c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int64],
     "encode_adaptive": [c_void_p, c_int64, *[c_float] * 3, c_int64, c_int64, c_void_p, c_void_p, c_int64],
     "encode_dead_zone": [
@@ -86,6 +90,8 @@ class Library:
     wkv: Kernel
     lif_scan: Kernel
     short_conv: Kernel
+    add: Kernel
+    relu: Kernel
     rms_norm: Kernel
     encode_adaptive: Kernel
     encode_dead_zone: Kernel
@@ -119,6 +125,11 @@ def library(level: str | None = None) -> Library:
     if level is not None and level not in choices:
         raise BackendError(f"this processor has no level {level!r}; choose from {', '.join(choices)}")
     return Library(level or choices[0])
+
+
+def function(name: str) -> Any:
+    """A function of the best level as ctypes has it, whether or not calls are being recorded."""
+    return getattr(_load(), f"sb_{library().level}_{name}")
 
 
 # Of each tensor whose address a function got, while calls are recorded.
@@ -160,3 +171,32 @@ def recorded(note: Callable[[Kernel, tuple[Any, ...]], None], kept: list[Tensor]
         _KEPT.clear()
         if functions:
             vars(functions).update(plain)
+
+
+class _Replayed(ctypes.Structure):
+    """`Replayed` in the C sources: a function that takes its arguments as words, and the words."""
+
+    _fields_ = [("function", c_void_p), ("words", c_void_p)]
+
+
+def again(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> Callable[[], None]:
+    """What makes `calls` of the library's functions once more, one after another, with no Python between them.
+
+    The addresses among the arguments have to stay what they are.
+    """
+    replay = _load().sb_replay
+    replay.argtypes, replay.restype = [c_void_p, c_int64], None
+    words = [(c_int64 * len(args))(*map(_word, called.argtypes, args)) for called, args in calls]
+    functions = [ctypes.cast(getattr(_load(), f"{called.__name__}_replayed"), c_void_p) for called, _ in calls]
+    entries = [_Replayed(one, ctypes.addressof(own)) for one, own in zip(functions, words, strict=True)]
+    kept = (_Replayed * len(calls))(*entries), words, calls
+    return lambda: replay(kept[0], len(kept[1]))
+
+
+def _word(kind: Any, argument: Any) -> int:
+    """An argument of a C function as 64 bits; what `ctypes.byref` gave is the address of what it refers to."""
+    if kind in (c_float, c_double):
+        return int.from_bytes(struct.pack("d", argument), sys.byteorder, signed=True)
+    if argument is None:
+        return 0
+    return int(argument) if isinstance(argument, int) else ctypes.addressof(argument._obj)

@@ -5,8 +5,9 @@ As with a CUDA graph everything that the run allocated stays where it is, so tha
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .library import recorded
+from .library import TYPES, again, function, recorded
 
 # What allocates without writing: the calls that write come after.
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+# What the library has too, with the same bits: between products a call of torch takes longer than what it computes.
+OURS = {torch.ops.aten.add.Tensor: "add", torch.ops.aten.relu.default: "relu"}
 # What `tolist` and `numpy` call before they read.
 READINGS = ("resolve_conj", "resolve_neg")
 # The library's functions are the process's: one recording at a time.
@@ -38,26 +41,40 @@ class Recording:
         tape = _Tape()
         with _LOCK, recorded(tape.note, tape.kept), tape:
             self.outputs = function(*self._inputs)
-        self.why_not, self._calls, self._kept = tape.why_not, tape.calls, tape.kept
+        self.why_not, self._kept = tape.why_not, tape.kept
+        self._parts = list(_parts(tape.calls)) if tape.why_not is None else []
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> Any:
         """The function's outputs for `inputs`; only where `why_not` is None."""
         for own, x in zip(self._inputs, inputs, strict=True):
             own.copy_(x)
-        for call, args in self._calls:
-            call(*args)
+        for _, part in self._parts:
+            part()
         return self.outputs
 
     @torch.inference_mode()
     def seconds_outside(self) -> float:
-        """What one more run takes besides the C functions: the calls themselves, and ops of torch."""
+        """What one more run takes besides the C functions: ops of torch and the calls themselves."""
         inside, begin = 0.0, time.perf_counter()
-        for call, args in self._calls:
+        for native, part in self._parts:
             start = time.perf_counter()
-            call(*args)
-            inside += time.perf_counter() - start if hasattr(call, "argtypes") else 0.0
+            part()
+            inside += time.perf_counter() - start if native else 0.0
         return time.perf_counter() - begin - inside
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def _parts(calls: list[Call]) -> Iterator[tuple[int, Callable[[], Any]]]:
+    """The calls, those of the library that follow one another in one, and how many of the library's each is."""
+    for native, group in groupby(calls, key=lambda call: hasattr(call[0], "argtypes")):
+        if native:
+            ours = list(group)
+            yield len(ours), again(ours)
+        else:
+            yield from ((0, partial(called, *args)) for called, args in group)
 
 
 class _Tape(TorchDispatchMode):
@@ -65,7 +82,7 @@ class _Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self.calls: list[Call] = []
         self.kept: list[Tensor] = []
         self.why_not: str | None = None
 
@@ -82,6 +99,7 @@ class _Tape(TorchDispatchMode):
         elif _depends_on_data(func, given, results):
             self.why_not = self.why_not or f"{func} depends on data"
         elif func.overloadpacket.__name__ not in ALLOCATIONS and not _views(results, given):
+            self.kept += [*given, *results]
             self.note(*_again(func, args, kwargs, results))
         return result
 
@@ -96,12 +114,22 @@ def _views(results: list[Tensor], given: list[Tensor]) -> bool:
     return memory[0] <= memory[1]
 
 
-def _again(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _again(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Call:
     """A call that runs an op and leaves what it gives in the tensors that it gave the first time."""
+    if func in OURS and not kwargs and _alike([*args, *results]):
+        addresses = [x.data_ptr() for x in (*args, *results)]
+        return function(OURS[func]), (*addresses[:-1], TYPES[results[0].dtype], results[0].numel(), addresses[-1])
     into = getattr(func.overloadpacket, "out", None)
     if into is not None and _names(into) == [*_names(func), "out"]:
         return partial(into, **kwargs, out=results[0]), args
     return partial(_run_and_copy, partial(func, *args, **kwargs)), (results,)
+
+
+def _alike(operands: list[Any]) -> bool:
+    """Whether all are tensors that the library can read as rows of the same length and type."""
+    return all(isinstance(x, Tensor) and x.is_contiguous() and x.device.type == "cpu" for x in operands) and (
+        len({(x.shape, x.dtype) for x in operands}) == 1 and operands[0].dtype in (torch.float32, torch.bfloat16)
+    )
 
 
 def _names(overload: Any) -> list[str]:
