@@ -1,10 +1,10 @@
 // out = scale_t * (x W^T) + b for weights in fp32, bf16 or int8 with a scale for 128 inputs.
 //
 // Weights lie input-major in panels of outputs, [out / panel][in][panel], so that one input channel of a panel is one
-// contiguous run: a channel that did not fire is not read. Each output is the sum of two chains of fused multiply-adds,
-// one over each half of its inputs in their order (int8: exact integer sums of 128 inputs, scaled and added in order), in
-// the product of one row and of many alike. So a row's result depends neither on the rows beside it nor on threads, and
-// leaving out zeros changes nothing.
+// contiguous run: a channel that did not fire is not read. Each output is the sum of two chains, one over each half of its
+// inputs in their order: of fused multiply-adds or, for int8, of sums of 128 inputs (exact integers for counts), scaled. They
+// are the same in the product of one row and of many. So a row's result depends neither on the rows beside it nor on
+// threads, and leaving out zeros changes nothing.
 #include "many_rows.h"
 #include "one_row.h"
 
@@ -68,6 +68,12 @@ struct Activity {
     }
 };
 
+int64_t nonzero(const float* x, int64_t in) {
+    int64_t n = 0;
+    for (int64_t k = 0; k < in; k++) n += x[k] != 0;
+    return n;
+}
+
 }  // namespace
 
 // x [rows, in] of x_type; token_scale [rows] or null; bias [out] or null; out [rows, out] of out_type (fp32 or bf16).
@@ -100,35 +106,40 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
     Call call{*w, floats, all_whole ? small.data : nullptr, halves ? pairs.data : nullptr,
               token_scale, bias, out, out_type, rows, stride};
     // Rows whose counts do not fit go alone, so that they change nothing for the others.
-    const bool apart = rows == 1 || (integers && !all_whole);
-    Lists lists(rows);
-    for (int64_t row = 0; row < rows && (apart || (counts && rows <= MAX_SPARSE_ROWS)); row++) {
+    const bool apart = rows == 1 || (integers && !all_whole), sparse = counts && rows <= MAX_SPARSE_ROWS;
+    Buffer<Reading> readings(rows);
+    int64_t active = 0;
+    for (int64_t row = 0; row < rows && (apart || sparse); row++) {
         const float* own = floats + row * stride;
-        if (!whole.data[row]) {
-            lists.add(own, in, !counts);
-            continue;
+        if (whole.data[row]) {
+            const Activity activity(small.data + row * stride, in);
+            const bool all = rows == 1 && activity.read_all(*w);
+            readings.data[row] = {!all, all, activity.total};
+            active += in - activity.silent;
+        } else {
+            readings.data[row] = {false, !counts, 0};
+            active += counts ? nonzero(own, in) : in;
         }
-        const Activity activity(small.data + row * stride, in);
-        if (rows == 1 && activity.read_all(*w))
-            lists.add(own, in, true);
-        else
-            lists.add_counts(own, in, activity.total);
     }
-    const bool by_row = apart || (lists.rows && (double)lists.active <= break_even * (double)in);
+    const bool by_row = apart || (sparse && (double)active <= break_even * (double)in);
+    const bool few = by_row || rows <= FEW_ROWS;
+    const bool apart_halves = !part_of(*w, few, 0, threads).span.is_all(in);
+    const Halves sums(call, apart_halves);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t thread = 0; thread < threads; thread++) {
+        const Part part = part_of(*w, few, thread, threads);
         if (by_row) {
-            share(*w, thread, threads, MAX_PANEL,
-                  [&](const Columns& columns) { rows_one_by_one(call, lists, columns); });
+            rows_one_by_one(call, readings.data, part, sums);
         } else {
             const Shape block = block_of(rows, w->kind);
             Scratch scratch(smaller(rows, MAX_ROWS), block);
-            share(*w, thread, threads, block.width, [&](const Columns& columns) {
+            share(*w, part.piece, part.pieces, block.width, [&](const Columns& columns) {
                 for (int64_t row = 0; row < rows; row += MAX_ROWS)
-                    many_rows(call, row, smaller(MAX_ROWS, rows - row), columns, block.depth, scratch);
+                    many_rows(call, row, smaller(MAX_ROWS, rows - row), columns, part.span, block.depth, scratch, sums);
             });
         }
     }
+    if (apart_halves) sums.finish_all(threads);
 }
 
 REPLAYED(linear)

@@ -282,14 +282,15 @@ void multiply_int8(const Piece& p, const Columns& c, int64_t most, Scratch& scra
         block.multiply(p, Scaled<Weights<int8_t>>{{block.base, c.stride}, scale, sums, p.rows});
 }
 
-// Some outputs of rows `first .. first + rows`, over blocks of `most` inputs.
-void many_rows(const Call& call, int64_t first, int64_t rows, const Columns& c, int64_t most, Scratch& scratch) {
+// Some outputs of rows `first .. first + rows`, over blocks of `most` inputs of the groups in `span`.
+void many_rows(const Call& call, int64_t first, int64_t rows, const Columns& c, Span span, int64_t most, Scratch& scratch,
+               const Halves& halves) {
     const Packed& w = call.w;
-    const int64_t half = w.kind == INT8 ? w.in : smaller(w.in, (groups_of(w.in) + 1) / 2 * GROUP);
+    const int64_t half = smaller(w.in, first_half(w.in) * GROUP), end = smaller(w.in, span.last * GROUP);
     float *one = scratch.total.data, *other = one + rows * c.width;
     memset(one, 0, 2 * rows * c.width * sizeof(float));
-    for (int64_t k = 0, depth; k < w.in; k += depth) {
-        depth = smaller(most, (k < half ? half : w.in) - k);
+    for (int64_t k = span.first * GROUP, depth; k < end; k += depth) {
+        depth = smaller(most, (k < half ? smaller(half, end) : end) - k);
         const Piece p{call, first, rows, k, depth, k < half ? one : other};
         if (w.kind == FP32) multiply_floats<float>(p, c, most);
         if (w.kind == HALF) multiply_halves(p, c, most);
@@ -298,7 +299,12 @@ void many_rows(const Call& call, int64_t first, int64_t rows, const Columns& c, 
     for (int64_t row = 0; row < rows; row++)
         for (int64_t n = 0; n < c.width; n += 2 * W) {
             const int64_t offset = n * rows + row * 2 * W;
-            finish(call, first + row, c.first + n, 2 * W, one + offset, other + offset);
+            if (span.is_all(w.in))
+                finish(call, first + row, c.first + n, 2 * W, one + offset, other + offset);
+            else if (span.first > 0)
+                memcpy(halves.at(1, first + row) + c.first + n, other + offset, 2 * W * sizeof(float));
+            else
+                memcpy(halves.at(0, first + row) + c.first + n, one + offset, 2 * W * sizeof(float));
         }
 }
 

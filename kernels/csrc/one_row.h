@@ -53,47 +53,50 @@ int64_t keep(vf x, int64_t k, int64_t channels, bool all, int32_t* index, float*
 #endif
 }
 
-// The channels of one row to be read, in order, and what their weights are multiplied with. A group's are
-// `index[start[g] .. start[g + 1]]`.
+// The channels of some groups of a row that are to be read, in order, and what their weights are multiplied with. A group's
+// are `index[begin(g) .. end(g)]`.
 struct Channels {
     static constexpr int64_t LATER = 2;  // places behind the last that can be read, too
     bool all;
+    Span span;
     Buffer<int32_t> index;
     Buffer<float> value;
     Buffer<int64_t> start;
-    int64_t groups, end = 0;
 
     // x can be read to the next multiple of W.
-    Channels(const float* x, int64_t in, bool all)
-        : all(all), index(in + W + LATER), value(in + W), start(groups_of(in) + 1), groups(groups_of(in)) {
-        for (int64_t g = 0; g < groups; g++) {
-            start.data[g] = end;
+    Channels(const float* x, int64_t in, Span span, bool all)
+        : all(all), span(span), index(room(span) + LATER), value(room(span)), start(span.last - span.first + 1) {
+        int64_t n = 0;
+        for (int64_t g = span.first; g < span.last; g++) {
+            start.data[g - span.first] = n;
             for (int64_t k = g * GROUP; k < smaller(in, (g + 1) * GROUP); k += W)
-                end += keep(load(x + k), k, smaller(W, in - k), all, index.data + end, value.data + end);
+                n += keep(load(x + k), k, smaller(W, in - k), all, index.data + n, value.data + n);
         }
-        start.data[groups] = end;
-        for (int64_t i = 0; i < LATER; i++) index.data[end + i] = end ? index.data[end - 1] : 0;
+        start.data[span.last - span.first] = n;
+        for (int64_t i = 0; i < LATER; i++) index.data[n + i] = n ? index.data[n - 1] : 0;
     }
-    int64_t middle() const { return start.data[(groups + 1) / 2]; }
-    int64_t fired() const { return end; }
+    int64_t begin(int64_t group) const { return start.data[smaller(larger(group, span.first), span.last) - span.first]; }
+
+   private:
+    static int64_t room(Span span) { return (span.last - span.first) * GROUP + W; }
 };
 
-// Spike counts of one row, four to a quad. Four products of codes with counts of up to MOST fit in 16 bits, so a larger count
-// is several, of the same channel. A group's quads are `start[g] .. start[g + 1]`; its last counts may be zero.
+// Spike counts of some groups of a row, four to a quad. Four products of codes with counts of up to MOST fit in 16 bits, so a
+// larger count is several, of the same channel. A group's quads are `begin(g) .. begin(g + 1)`; its last counts may be zero.
 struct Quads {
     static constexpr int64_t LATER = 1;  // quads behind the last that can be read, too
     static constexpr int MOST = 63;
+    Span span;
     Buffer<int32_t> index;    // [quads, 4]
     Buffer<uint32_t> counts;  // [quads], four bytes
     Buffer<int64_t> start;
-    int64_t groups, channels = 0, end = 0;
 
-    // x can be read to the next multiple of W; total: the sum of all counts' sizes.
-    Quads(const float* x, int64_t in, int64_t total)
-        : index(most(in, total) * 4), counts(most(in, total)), start(groups_of(in) + 1), groups(groups_of(in)) {
+    // x can be read to the next multiple of W; total: at least the sum of all counts' sizes.
+    Quads(const float* x, int64_t in, Span span, int64_t total)
+        : span(span), index(room(span, total) * 4), counts(room(span, total)), start(span.last - span.first + 1) {
         int32_t place[GROUP + W];
         float count[GROUP + W] = {};
-        for (int64_t g = 0; g < groups; g++) {
+        for (int64_t g = span.first; g < span.last; g++) {
             vi large{};
             int64_t kept = 0;
             for (int64_t k = g * GROUP; k < smaller(in, (g + 1) * GROUP); k += W) {
@@ -101,17 +104,21 @@ struct Quads {
                 large |= (counts > splat(MOST)) | (counts < splat(-MOST));
                 kept += keep(counts, k, smaller(W, in - k), false, place + kept, count + kept);
             }
-            start.data[g] = end;
-            channels += kept;
+            start.data[g - span.first] = end;
             append(place, count, kept, any(large));
         }
-        start.data[groups] = end;
+        start.data[span.last - span.first] = end;
         for (int i = 0; i < 4; i++) index.data[4 * end + i] = end ? index.data[4 * end - 1] : 0;
     }
-    int64_t fired() const { return channels; }
+    int64_t begin(int64_t group) const { return start.data[group - span.first]; }
 
    private:
-    static int64_t most(int64_t in, int64_t total) { return (in + total / MOST) / 4 + groups_of(in) + LATER + W / 4; }
+    int64_t end = 0;
+
+    static int64_t room(Span span, int64_t total) {
+        const int64_t groups = span.last - span.first;
+        return (groups * GROUP + total / MOST) / 4 + groups + LATER + W / 4;
+    }
 
     void append(const int32_t* place, const float* count, int64_t kept, bool large) {
         int8_t* bytes = (int8_t*)(counts.data + end);
@@ -199,28 +206,29 @@ void stream(const Runs<T>& runs, const int64_t* begin, const int64_t* end, float
     if constexpr (N > 1) stream<1>(runs, rest, end, sums);
 }
 
-// One row's sums over both halves of its inputs, for weights without scales.
+// A row's sums over both halves of its inputs, or what of them is in the list, for weights without scales.
 template <class T>
-void one_row(const Runs<T>& runs, float (*total)[MAX_PANEL]) {
-    const int64_t begin[] = {0, runs.list.middle()}, end[] = {runs.list.middle(), runs.list.end};
+void one_row(const Runs<T>& runs, int64_t half, float (*total)[MAX_PANEL]) {
+    const Channels& list = runs.list;
+    const int64_t begin[] = {list.begin(0), list.begin(half)}, end[] = {list.begin(half), list.begin(list.span.last)};
     stream<1>(runs, begin, end, total);
 }
 
-// The same for int8, all in the first sums: groups in order, two at a time.
-void one_row(const Runs<int8_t>& runs, const float* scale, int64_t scales, float (*total)[MAX_PANEL]) {
+// The same for int8: groups in order, two at a time.
+void one_row(const Runs<int8_t>& runs, int64_t half, const float* scale, int64_t scales, float (*total)[MAX_PANEL]) {
     alignas(64) float sums[2][MAX_PANEL];
-    const int64_t *start = runs.list.start.data, groups = runs.list.groups;
-    const bool together = TOGETHER == 2 && runs.list.all && runs.width == runs.stride;
-    for (int64_t g = 0; g < groups; g += 2) {
-        const int64_t last = smaller(g + 2, groups);
-        const int64_t begin[] = {start[g], start[g + 1]}, end[] = {start[g + 1], start[last]};
+    const Channels& list = runs.list;
+    const bool together = TOGETHER == 2 && list.all && runs.width == runs.stride;
+    for (int64_t g = list.span.first; g < list.span.last; g += 2) {
+        const int64_t begin[] = {list.begin(g), list.begin(g + 1)}, end[] = {list.begin(g + 1), list.begin(g + 2)};
         for (int part = 0; part < 2; part++) memset(sums[part], 0, runs.width * sizeof(float));
         if (together)
             stream<2>(runs, begin, end, sums);
         else
             stream<1>(runs, begin, end, sums);
         for (int part = 0; part < 2; part++)
-            if (begin[part] < end[part]) add_scaled(total[0], sums[part], scale + (g + part) * scales, runs.width);
+            if (begin[part] < end[part])
+                add_scaled(total[g + part >= half], sums[part], scale + (g + part) * scales, runs.width);
     }
 }
 
@@ -265,7 +273,8 @@ struct Counted {
     const int8_t* base;
     int64_t stride, width;
 
-    void add(int16_t* sums, int64_t quad) const {
+    // A function of its own, as in a larger one the compiler keeps some of the rows' addresses in memory.
+    __attribute__((noinline)) void add(int16_t* sums, int64_t quad) const {
         const int8_t *row[4], *next[4];
         for (int c = 0; c < 4; c++) {
             row[c] = base + list.index.data[4 * quad + c] * stride;
@@ -296,62 +305,60 @@ struct Counted {
         for (int c = 0; c < 32; c += 8) total += abs((int8_t)(counts >> c));
         return total;
     }
-    void row(const float* scale, int64_t scales, float* total) const {
+    void row(int64_t half, const float* scale, int64_t scales, float (*total)[MAX_PANEL]) const {
         Sums sums(width);
-        for (int64_t g = 0; g < list.groups; g++) {
+        for (int64_t g = list.span.first; g < list.span.last; g++) {
             int used = 0;
-            for (int64_t quad = list.start.data[g]; quad < list.start.data[g + 1]; quad++) {
+            for (int64_t quad = list.begin(g); quad < list.begin(g + 1); quad++) {
                 const int more = size(list.counts.data[quad]);
                 if (used + more > 255) sums.make_room(width), used = 0;
                 add(sums.small, quad);
                 used += more;
             }
-            if (used) sums.add_to(total, scale + g * scales, width);
+            if (used) sums.add_to(total[g >= half], scale + g * scales, width);
         }
     }
 };
 
-// Each row's list: of counts, or else of channels in floats.
-struct Lists {
-    Buffer<Channels*> channels;
-    Buffer<Quads*> quads;
-    int64_t rows = 0, active = 0;
-
-    explicit Lists(int64_t most) : channels(most), quads(most) {}
-    ~Lists() {
-        for (int64_t i = 0; i < rows; i++) {
-            delete channels.data[i];
-            delete quads.data[i];
-        }
-    }
-    void add(const float* x, int64_t in, bool all) {
-        quads.data[rows] = nullptr;
-        channels.data[rows] = new Channels(x, in, all);
-        active += channels.data[rows++]->fired();
-    }
-    void add_counts(const float* x, int64_t in, int64_t total) {
-        channels.data[rows] = nullptr;
-        quads.data[rows] = new Quads(x, in, total);
-        active += quads.data[rows++]->fired();
-    }
+// How a row is to be read: as counts or as floats, every channel or those that fired.
+struct Reading {
+    bool counts, all;
+    int64_t total;  // of counts: the sum of their sizes
 };
 
-void rows_one_by_one(const Call& call, const Lists& lists, const Columns& c) {
+// Columns `c` of a row, of which `list` says what to read.
+template <class List>
+void columns_of_row(const Call& call, int64_t row, const List& list, const Columns& c, const Halves& halves) {
     const Packed& w = call.w;
     const float* scale = w.scale + c.first;
-    const int64_t scales = padded(w.out, UNIT);
+    const int64_t scales = padded(w.out, UNIT), half = first_half(w.in);
+    alignas(64) float total[2][MAX_PANEL];
+    for (int part = 0; part < 2; part++) memset(total[part], 0, c.width * sizeof(float));
+    if constexpr (std::is_same_v<List, Quads>) {
+        Counted{list, weights_of<int8_t>(w, c), c.stride, c.width}.row(half, scale, scales, total);
+    } else {
+        if (w.kind == FP32) one_row(Runs<float>{list, weights_of<float>(w, c), c.stride, c.width}, half, total);
+        if (w.kind == HALF) one_row(Runs<bf16>{list, weights_of<bf16>(w, c), c.stride, c.width}, half, total);
+        if (w.kind == INT8)
+            one_row(Runs<int8_t>{list, weights_of<int8_t>(w, c), c.stride, c.width}, half, scale, scales, total);
+    }
+    if (list.span.is_all(w.in)) return finish(call, row, c.first, c.width, total[0], total[1]);
+    const int64_t own = list.span.first > 0;
+    memcpy(halves.at(own, row) + c.first, total[own], c.width * sizeof(float));
+}
+
+// A thread's part of each row.
+void rows_one_by_one(const Call& call, const Reading* readings, const Part& part, const Halves& halves) {
     for (int64_t row = 0; row < call.rows; row++) {
-        alignas(64) float total[2][MAX_PANEL];
-        for (int part = 0; part < 2; part++) memset(total[part], 0, c.width * sizeof(float));
-        if (const Quads* quads = lists.quads.data[row]) {
-            Counted{*quads, weights_of<int8_t>(w, c), c.stride, c.width}.row(scale, scales, total[0]);
-        } else {
-            const Channels& list = *lists.channels.data[row];
-            if (w.kind == FP32) one_row(Runs<float>{list, weights_of<float>(w, c), c.stride, c.width}, total);
-            if (w.kind == HALF) one_row(Runs<bf16>{list, weights_of<bf16>(w, c), c.stride, c.width}, total);
-            if (w.kind == INT8) one_row(Runs<int8_t>{list, weights_of<int8_t>(w, c), c.stride, c.width}, scale, scales, total);
-        }
-        finish(call, row, c.first, c.width, total[0], total[1]);
+        const float* x = call.x + row * call.stride;
+        const auto compute = [&](const auto& list) {
+            share(call.w, part.piece, part.pieces, MAX_PANEL,
+                  [&](const Columns& columns) { columns_of_row(call, row, list, columns, halves); });
+        };
+        if (readings[row].counts)
+            compute(Quads(x, call.w.in, part.span, readings[row].total));
+        else
+            compute(Channels(x, call.w.in, part.span, readings[row].all));
     }
 }
 

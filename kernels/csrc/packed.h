@@ -35,6 +35,16 @@ struct Columns {
 int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 int64_t groups_of(int64_t in) { return (in + GROUP - 1) / GROUP; }
 
+// Groups of inputs `first .. last`.
+struct Span {
+    int64_t first, last;
+
+    bool is_all(int64_t in) const { return last - first == groups_of(in); }
+};
+
+// Where the second half of the inputs begins: an output is the sum of two chains, one over each half.
+int64_t first_half(int64_t in) { return (groups_of(in) + 1) / 2; }
+
 // Weights of some columns: those of input k lie `k * columns.stride` further on.
 template <class T>
 const T* weights_of(const Packed& w, const Columns& c) {
@@ -84,5 +94,36 @@ void share(const Packed& w, int64_t thread, int64_t threads, int64_t widest, Wor
         column += width;
     }
 }
+
+// What of a product a thread computes: some of its outputs or, of few rows of int8 in one panel, only one half of the inputs
+// for some of them, so that channels are read as runs that are twice as long. Of few groups the halves are too uneven.
+constexpr int64_t LEAST_GROUPS = 16;
+
+struct Part {
+    Span span;
+    int64_t piece, pieces;
+};
+
+Part part_of(const Packed& w, bool few, int64_t thread, int64_t threads) {
+    const int64_t groups = groups_of(w.in), half = first_half(w.in);
+    const bool one_panel = w.kind == INT8 && w.panel >= padded(w.out, UNIT);
+    if (!few || !one_panel || threads % 2 || groups < LEAST_GROUPS) return {{0, groups}, thread, threads};
+    return {thread % 2 ? Span{half, groups} : Span{0, half}, thread / 2, threads / 2};
+}
+
+// Sums `[2, rows, padded out]` of a product of which each thread had one half of the inputs.
+struct Halves {
+    const Call& call;
+    int64_t width;
+    Buffer<float> sums;
+
+    Halves(const Call& call, bool needed)
+        : call(call), width(padded(call.w.out, UNIT)), sums(needed ? 2 * call.rows * width : 0) {}
+    float* at(int64_t half, int64_t row) const { return sums.data + (half * call.rows + row) * width; }
+    void finish_all(int64_t threads) const {
+#pragma omp parallel for num_threads(threads) if (call.rows > 2)
+        for (int64_t row = 0; row < call.rows; row++) finish(call, row, 0, width, at(0, row), at(1, row));
+    }
+};
 
 }  // namespace

@@ -309,9 +309,9 @@ def spike_linear(
 ) -> Tensor:
     """scale * (counts W^T) + b for whole numbers `counts [..., in]` and `scale [..., 1]`, in the type of `counts`.
 
-    int8 weights: exact integer sums over groups of 128 inputs, scaled and added in order. Only the weights of channels
-    that fired are read, where that is faster; the result is the same. Counts that are no whole numbers of 16 bits are
-    multiplied as floats.
+    int8 weights: exact integer sums over groups of 128 inputs, scaled and added in order over each half of the groups.
+    Only the weights of channels that fired are read, where that is faster; the result is the same. Counts that are no
+    whole numbers of 16 bits are multiplied as floats.
     """
     _check_features(counts, packed)
     if not (counts.is_floating_point() or counts.dtype == torch.int16):

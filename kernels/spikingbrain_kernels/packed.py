@@ -15,12 +15,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 GROUP = 128  # inputs that share a scale in int8
 UNIT = 64  # outputs are padded to whole units
 LARGEST_PANEL = 2048  # outputs
+LEAST_GROUPS = 16  # for which threads share inputs instead of outputs
 LARGEST_CODE = 127
 
 
-def panel_of(out_features: int) -> int:
-    """Outputs of a panel: as few and as even panels as fit, an even number, so that two threads have as many each."""
+def panel_of(out_features: int, in_features: int, kind: str) -> int:
+    """Outputs of a panel: as few and as even panels as fit, an even number, so that two threads have as many each.
+
+    int8 with many inputs is in one panel, if it fits: there each of two threads has half of the inputs.
+    """
     units = -(-out_features // UNIT)
+    if kind == "int8" and units * UNIT <= LARGEST_PANEL and in_features > (LEAST_GROUPS - 1) * GROUP:
+        return units * UNIT
     panels = 2 * -(-units * UNIT // (2 * LARGEST_PANEL))
     return -(-units // panels) * UNIT
 
@@ -44,8 +50,8 @@ class Packed:
     def __init__(self, weight: Tensor, scale: Tensor | None, in_features: int, out_features: int):
         self.weight, self.scale = weight, scale
         self.in_features, self.out_features = in_features, out_features
-        self.panel = panel_of(out_features)
         self.kind = KINDS[DTYPES.index(weight.dtype)]
+        self.panel = panel_of(out_features, in_features, self.kind)
 
     @cached_property
     def struct(self) -> CPacked:
@@ -95,7 +101,7 @@ def _panels(weight: Tensor, scale: Tensor | None) -> Packed:
     out_features, in_features = weight.shape
     padded = out_features + -out_features % UNIT
     flat = zeros([padded * in_features], weight.dtype, weight.device)
-    width = panel_of(out_features)
+    width = panel_of(out_features, in_features, KINDS[DTYPES.index(weight.dtype)])
     for start in range(0, out_features, width):
         panel = flat[start * in_features : min(start + width, padded) * in_features].view(in_features, -1)
         rows = weight[start : start + width]

@@ -209,7 +209,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def spike_linear(counts: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """scale * (counts W^T) + b; the sums within a group are exact."""
+    """scale * (counts W^T) + b; the sums within a group are exact, and added in order over each half of the groups."""
     out = _product(counts.double(), packed, torch.float32) * scale
     return (out if bias is None else out + bias).to(counts.dtype if counts.is_floating_point() else torch.float32)
 
@@ -267,8 +267,10 @@ def _product(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     weight, scale = (None if part is None else part.to(x.device) for part in packed.dense())
     if scale is None:
         return (x @ weight.to(x.dtype).T).to(dtype)
-    total = torch.zeros(*x.shape[:-1], packed.out_features, dtype=dtype, device=x.device)
-    for group, codes in enumerate(weight.split(GROUP, dim=1)):
+    halves = torch.zeros(2, *x.shape[:-1], packed.out_features, dtype=dtype, device=x.device)
+    groups = weight.split(GROUP, dim=1)
+    for group, codes in enumerate(groups):
         here = x[..., group * GROUP : (group + 1) * GROUP]
-        total = total + scale[:, group].to(dtype) * (here @ codes.to(x.dtype).T).to(dtype)
-    return total
+        half = int(group >= (len(groups) + 1) // 2)
+        halves[half] += scale[:, group].to(dtype) * (here @ codes.to(x.dtype).T).to(dtype)
+    return halves[0] + halves[1]

@@ -14,7 +14,8 @@ from spikingbrain_kernels.packed import KINDS
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
 
-SIZES = [(1, 1), (70, 130), (600, 300), (64, 129)]
+# The last has so many inputs that threads share them instead of its outputs.
+SIZES = [(1, 1), (70, 130), (600, 300), (64, 129), (200, 2100)]
 
 
 @pytest.fixture(params=levels() if missing() is None else [])
@@ -93,8 +94,9 @@ def test_leaving_out_silent_channels_changes_no_bit(kind, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spiking", [False, True], ids=["dense", "spiking"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(kind, spiking, dtype):
-    packed, x = pack(torch.randn(200, 150), kind), spikes(512, 150) if spiking else torch.randn(512, 150)
+@pytest.mark.parametrize("inputs", [150, 2100])
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(inputs, kind, spiking, dtype):
+    packed, x = pack(torch.randn(200, inputs), kind), spikes(512, inputs) if spiking else torch.randn(512, inputs)
     x = x.to(dtype)
     scale = torch.rand(512, 1)
 
@@ -108,10 +110,11 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(kin
         assert torch.equal(product(100, min(512, 100 + size)), whole[100 : 100 + size])
     threads = torch.get_num_threads()
     try:
-        for count in (1, 3, 5):
+        for count in (1, 2, 3, 4, 5):
             torch.set_num_threads(count)
             assert torch.equal(product(0, 512), whole)
-            assert torch.equal(product(7, 8), whole[7:8])
+            for last in (8, 9, 20):
+                assert torch.equal(product(7, last), whole[7:last])
     finally:
         torch.set_num_threads(threads)
 

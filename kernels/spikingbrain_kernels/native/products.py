@@ -49,7 +49,8 @@ def _linear(
     counts: bool,
 ) -> Tensor:
     in_features = x.shape[-1]
-    packed = CPacked(address(weight), address(group_scale), in_features, out_features, panel_of(out_features), kind)
+    panel = panel_of(out_features, in_features, KINDS[kind])
+    packed = CPacked(address(weight), address(group_scale), in_features, out_features, panel, kind)
     return _multiply(x, packed, token_scale, bias, counts, out_features)
 
 

@@ -20,7 +20,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 @on_its_device
 def spike_linear(counts: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """scale * (counts W^T) + b: with int8 weights integer sums over groups, scaled and added in order.
+    """scale * (counts W^T) + b: with int8 weights integer sums over groups, scaled and added over each half of them.
 
     Counts of at most 127 are one int8 product a tile; larger ones, up to 16 bits, are cut into three parts of 7 bits.
     """
@@ -127,7 +127,13 @@ def _spike_kernel(
     column = tl.program_id(1) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
     panel, width = _panel(weight, column, in_features, padded, PANEL)
     total = tl.zeros([ROW_BLOCK, OUT_BLOCK], tl.float32)
-    for group in range(tl.cdiv(in_features, GROUP)):
+    first = total
+    groups = tl.cdiv(in_features, GROUP)
+    for group in range(groups):
+        # One sum over each half of the groups.
+        second = group == (groups + 1) // 2
+        first = tl.where(second, total, first)
+        total = tl.where(second, 0.0, total)
         index = group * GROUP + tl.arange(0, GROUP)
         real = index < in_features
         place = counts + row.to(tl.int64)[:, None] * in_features + index[None, :]
@@ -148,4 +154,4 @@ def _spike_kernel(
             floats = tl.dot(values, weights.to(tl.float32), input_precision="tf32x3")
             part = tl.where((exact == 1)[:, None], part, floats)
         total = total + part * tl.load(group_scale + group * padded + column)[None, :]
-    _finish(total, scale, bias, out, row, column, rows, out_features)
+    _finish(first + total, scale, bias, out, row, column, rows, out_features)
