@@ -26,20 +26,36 @@ void widen_counts(const int16_t* x, int64_t in, float* wide) {
     for (int64_t k = in; k < padded(in, W); k++) wide[k] = 0;
 }
 
-// Whether every value is a whole number that fits in 16 bits; they as such numbers. Both to the next multiple of W.
-bool to_counts(const float* x, int64_t in, int16_t* counts) {
-    vi fits = splat_int(-1);
-    for (int64_t k = 0; k < in; k += W) {
-        const vf value = load(x + k);
-        const vi inside = (value >= splat(-32767.0f)) & (value <= splat(32767.0f));
-        const vi whole = __builtin_convertvector(inside ? value : vf{}, vi);
-        const vs small = __builtin_convertvector(whole, vs);
-        memcpy(counts + k, &small, sizeof small);
-        fits &= to_float(whole) == value;
+// What is known of a row of counts: whether all are whole numbers that fit in 16 bits, how many are zero, and, of those that
+// fit, the sum of their sizes and the largest such sum of a group.
+struct Activity {
+    bool whole;
+    int64_t silent, total, most;
+};
+
+// x, followed by zeros, and counts, the same in 16 bits, both to the next multiple of W.
+Activity activity_of(const float* x, int64_t in, int16_t* counts) {
+    Activity found{true, in - padded(in, W), 0, 0};
+    vi fits = splat_int(-1), zeros{};
+    for (int64_t group = 0; group < in; group += GROUP) {
+        vi sizes{};
+        for (int64_t k = group; k < smaller(in, group + GROUP); k += W) {
+            const vf value = load(x + k);
+            const vi inside = (value >= splat(-32767.0f)) & (value <= splat(32767.0f));
+            const vi number = __builtin_convertvector(inside ? value : vf{}, vi);
+            const vs small = __builtin_convertvector(number, vs);
+            memcpy(counts + k, &small, sizeof small);
+            fits &= to_float(number) == value;
+            zeros -= value == vf{};
+            sizes += number < 0 ? -number : number;
+        }
+        const int64_t size = sum(sizes);
+        found.total += size;
+        found.most = larger(found.most, size);
     }
-    int all = -1;
-    for (int i = 0; i < W; i++) all &= fits[i];
-    return all;
+    found.silent += sum(zeros);
+    found.whole = !any(~fits);
+    return found;
 }
 
 // Two inputs at a time, the first in the upper half.
@@ -47,26 +63,10 @@ void to_pairs(const bf16* x, int64_t in, int32_t* pairs) {
     for (int64_t k = 0; k < in; k += 2) pairs[k / 2] = (int32_t)((uint32_t)x[k].bits << 16 | x[k + 1].bits);
 }
 
-// What a row's counts are in all.
-struct Activity {
-    int64_t silent = 0, total = 0, most = 0;  // channels; counts' sizes, and the most of a group
-
-    Activity(const int16_t* counts, int64_t in) {
-        for (int64_t k = 0; k < in; k += GROUP) {
-            int32_t sum = 0, zeros = 0;
-            for (int64_t i = k; i < smaller(in, k + GROUP); i++) {
-                sum += counts[i] < 0 ? -counts[i] : counts[i];
-                zeros += counts[i] == 0;
-            }
-            silent += zeros, total += sum;
-            most = larger(most, sum);
-        }
-    }
-    // Whether to read every channel: few are silent, and floats hold each group's sum exactly.
-    bool read_all(const Packed& w) const {
-        return (double)silent < few_silent(w) * (double)w.in && most * 128 <= 1 << 24;
-    }
-};
+// Whether to read every channel of a row of counts: few are silent, and floats hold each group's sum exactly.
+bool read_all(const Packed& w, const Activity& activity) {
+    return (double)activity.silent < few_silent(w) * (double)w.in && activity.most * 128 <= 1 << 24;
+}
 
 int64_t nonzero(const float* x, int64_t in) {
     int64_t n = 0;
@@ -86,23 +86,24 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
     const bool as_is = x_type == F32 && stride == in;
     Buffer<float> wide(as_is ? 0 : rows * stride);
     const float* floats = as_is ? (const float*)x : wide.data;
-    Buffer<bool> whole(rows);
     const bool integers = counts && w->kind == INT8;
+    Buffer<Activity> activity(rows);
     Buffer<int16_t> small(integers ? rows * stride : 0);
 #pragma omp parallel for num_threads(threads) if (rows > 8)
     for (int64_t row = 0; row < rows; row++) {
+        float* own = wide.data + row * stride;
         if (x_type == I16)
-            widen_counts((const int16_t*)x + row * in, in, wide.data + row * stride);
+            widen_counts((const int16_t*)x + row * in, in, own);
         else if (!as_is)
-            widen_row(at(x, x_type, row * in), x_type, in, wide.data + row * stride);
-        whole.data[row] = integers && to_counts(floats + row * stride, in, small.data + row * stride);
+            widen_row(at(x, x_type, row * in), x_type, in, own);
+        if (integers) activity.data[row] = activity_of(floats + row * stride, in, small.data + row * stride);
     }
     const bool halves = w->kind == HALF && x_type == BF16 && rows > FEW_ROWS && in % 2 == 0 && has_pairs();
     Buffer<int32_t> pairs(halves ? rows * stride / 2 : 0);
     for (int64_t row = 0; halves && row < rows; row++)
         to_pairs((const bf16*)x + row * in, in, pairs.data + row * stride / 2);
     bool all_whole = integers;
-    for (int64_t row = 0; row < rows; row++) all_whole &= whole.data[row];
+    for (int64_t row = 0; integers && row < rows; row++) all_whole &= activity.data[row].whole;
     Call call{*w, floats, all_whole ? small.data : nullptr, halves ? pairs.data : nullptr,
               token_scale, bias, out, out_type, rows, stride};
     // Rows whose counts do not fit go alone, so that they change nothing for the others.
@@ -110,16 +111,10 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
     Buffer<Reading> readings(rows);
     int64_t active = 0;
     for (int64_t row = 0; row < rows && (apart || sparse); row++) {
-        const float* own = floats + row * stride;
-        if (whole.data[row]) {
-            const Activity activity(small.data + row * stride, in);
-            const bool all = rows == 1 && activity.read_all(*w);
-            readings.data[row] = {!all, all, activity.total};
-            active += in - activity.silent;
-        } else {
-            readings.data[row] = {false, !counts, 0};
-            active += counts ? nonzero(own, in) : in;
-        }
+        const bool whole = integers && activity.data[row].whole;
+        const bool all = whole ? rows == 1 && read_all(*w, activity.data[row]) : !counts;
+        readings.data[row] = {whole && !all, all, whole ? activity.data[row].total : 0};
+        active += integers ? in - activity.data[row].silent : counts ? nonzero(floats + row * stride, in) : in;
     }
     const bool by_row = apart || (sparse && (double)active <= break_even * (double)in);
     const bool few = by_row || rows <= FEW_ROWS;

@@ -1,7 +1,7 @@
 // Vectors of W floats, and the few operations that differ between instruction sets.
 //
 // Every kernel file is compiled once a level (-DLEVEL=baseline|avx2|avx512) with that level's flags. All functions here
-// are static: a copy compiled for a wider instruction set must never be the one the linker keeps for a narrower one.
+// are of one file: a copy compiled for a wider instruction set must never be the one the linker keeps for a narrower one.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
@@ -181,6 +181,12 @@ static inline bool any(vi x) {
     int either = 0;
     for (int i = 0; i < W; i++) either |= x[i];
     return either;
+}
+
+static inline int64_t sum(vi x) {
+    int64_t total = 0;
+    for (int i = 0; i < W; i++) total += x[i];
+    return total;
 }
 
 static inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
@@ -370,19 +376,57 @@ static inline vf exponential(vf x) {
     return p * (vf)power;
 }
 
+namespace {
+
+// What a thread's buffers lie in, one on another, as they end in the opposite order of their beginning.
+struct Arena {
+#if defined(__SANITIZE_ADDRESS__)
+    static constexpr size_t SIZE = 0;  // each buffer alone, so that its bounds are seen
+#else
+    static constexpr size_t SIZE = 256 << 10;
+#endif
+    char* memory = nullptr;
+    size_t used = 0;
+
+    ~Arena() { free(memory); }
+    static void* allocate(size_t bytes) {
+        void* memory = aligned_alloc(64, bytes);
+        if (!memory) abort();
+        return memory;
+    }
+    void* take(size_t bytes) {
+        if (!memory) memory = (char*)allocate(SIZE);
+        used += bytes;
+        return memory + used - bytes;
+    }
+};
+thread_local Arena arena;
+
 // Memory aligned to a cache line that is freed at the end of the block.
 template <class T>
 struct Buffer {
     T* data;
-    explicit Buffer(int64_t count) {
-        size_t bytes = ((size_t)(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64;
-        data = (T*)aligned_alloc(64, bytes);
-        if (!data) abort();
+    explicit Buffer(int64_t count)
+        : bytes(((size_t)(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64), own(bytes > Arena::SIZE - arena.used) {
+        data = (T*)(own ? Arena::allocate(bytes) : arena.take(bytes));
     }
-    ~Buffer() { free(data); }
+    ~Buffer() {
+        if (own)
+            free(data);
+        else
+            arena.used -= bytes;
+    }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
+
+   private:
+    const size_t bytes;
+    const bool own;
 };
+
+}  // namespace
+
+namespace {
 
 // An argument of a call that is made again; see `sb_replay`.
 union Word {
@@ -399,14 +443,16 @@ union Word {
 };
 
 template <class... Args, size_t... Place>
-static inline void call_with(void (*function)(Args...), const Word* words, std::index_sequence<Place...>) {
+void call_with(void (*function)(Args...), const Word* words, std::index_sequence<Place...>) {
     function(words[Place].to<Args>()...);
 }
 
 template <class... Args>
-static inline void call_with(void (*function)(Args...), const Word* words) {
+void call_with(void (*function)(Args...), const Word* words) {
     call_with(function, words, std::index_sequence_for<Args...>());
 }
+
+}  // namespace
 
 // A function beside an exported one that takes its arguments as words.
 #define REPLAYED(name) \
