@@ -236,12 +236,10 @@ void one_row(const Runs<int8_t>& runs, int64_t half, const float* scale, int64_t
 struct Sums {
     alignas(64) int16_t small[MAX_PANEL];
     alignas(64) int32_t large[MAX_PANEL];
+    bool any_large = false;
 
-    explicit Sums(int64_t width) {
-        memset(small, 0, width * sizeof *small);
-        memset(large, 0, width * sizeof *large);
-    }
-    // Calls with(n, W sums from the n-th on), and all are zero.
+    explicit Sums(int64_t width) { memset(small, 0, width * sizeof *small); }
+    // Calls with(n, W sums from the n-th on), and those in 16 bits are zero.
     template <class With>
     void take(int64_t width, With with) {
         for (int64_t n = 0; n < width; n += 4 * W) {
@@ -252,17 +250,22 @@ struct Sums {
             in_order(low, high, &ordered[0], &ordered[1]);
             memcpy(part, ordered, sizeof part);
             memset(small + n, 0, sizeof part);
-            for (int64_t i = 0; i < 4 * W; i += W) with(n + i, load_int(part + i) + load_int(large + n + i));
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < 4 * W; i += W) with(n + i, load_int(part + i));
         }
     }
     void make_room(int64_t width) {
-        take(width, [&](int64_t n, vi sum) { store_int(large + n, sum); });
+        if (!any_large) memset(large, 0, width * sizeof *large);
+        any_large = true;
+        take(width, [&](int64_t n, vi sum) { store_int(large + n, load_int(large + n) + sum); });
     }
     void add_to(float* total, const float* scale, int64_t width) {
-        take(width, [&](int64_t n, vi sum) {
-            store(total + n, load(total + n) + load(scale + n) * to_float(sum));
-            store_int(large + n, vi{});
-        });
+        const auto add = [&](int64_t n, vi sum) { store(total + n, load(total + n) + load(scale + n) * to_float(sum)); };
+        if (any_large)
+            take(width, [&](int64_t n, vi sum) { add(n, load_int(large + n) + sum); });
+        else
+            take(width, add);
+        any_large = false;
     }
 };
 
@@ -309,6 +312,7 @@ struct Counted {
         Sums sums(width);
         for (int64_t g = list.span.first; g < list.span.last; g++) {
             int used = 0;
+            for (int64_t n = 0; n < width; n += 16) __builtin_prefetch(scale + g * scales + n);
             for (int64_t quad = list.begin(g); quad < list.begin(g + 1); quad++) {
                 const int more = size(list.counts.data[quad]);
                 if (used + more > 255) sums.make_room(width), used = 0;
