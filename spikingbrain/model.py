@@ -63,7 +63,9 @@ class MixerBlock(nn.Module):
                 self.encoders[projection.source] = SpikeEncoder(config.spiking, projection.in_features)
 
     def readers(self, source: str) -> dict[str, SpikingLinear]:
-        """The projections, by name, that read the spikes of one source."""
+        """The projections, by name, that read the spikes of one source; raises `InputError` where they are packed."""
+        if source in self.packed:
+            raise InputError(f"the projections of {source!r} are packed: count what they read before packing")
         linears = {name: self.get_submodule(name) for name, p in self.projections.items() if p.source == source}
         return {name: linear for name, linear in linears.items() if isinstance(linear, SpikingLinear)}
 

@@ -7,6 +7,7 @@ import torch
 from conftest import relative_rms
 
 from spikingbrain import InputError, prepare, record_spikes
+from spikingbrain.spiking import weights_read_by
 from spikingbrain_kernels.library import missing
 
 from .conftest import tiny_model
@@ -82,6 +83,9 @@ def test_a_packed_model_refuses_what_it_cannot_do(tmp_path):
         packed.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="packed already"):
         prepare(packed)
+    _, spiking = pair("int8", spiking=SPIKING)
+    with pytest.raises(InputError, match=r"'hidden' are packed: count what they read before packing"):
+        weights_read_by(spiking)
     with pytest.raises(InputError, match=r"float64"):
         prepare(tiny_model(["gla"]))
     with pytest.raises(InputError, match="auto, fp32, bf16, int8"):
