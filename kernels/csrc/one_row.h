@@ -84,7 +84,7 @@ struct Channels {
 // Spike counts of some groups of a row, four to a quad. Four products of codes with counts of up to MOST fit in 16 bits, so a
 // larger count is several, of the same channel. A group's quads are `begin(g) .. begin(g + 1)`; its last counts may be zero.
 struct Quads {
-    static constexpr int64_t LATER = 1;  // quads behind the last that can be read, too
+    static constexpr int64_t LATER = 2;  // quads behind the last that can be read, too
     static constexpr int MOST = 63;
     Span span;
     Buffer<int32_t> index;    // [quads, 4]
@@ -108,7 +108,7 @@ struct Quads {
             append(place, count, kept, any(large));
         }
         start.data[span.last - span.first] = end;
-        for (int i = 0; i < 4; i++) index.data[4 * end + i] = end ? index.data[4 * end - 1] : 0;
+        for (int i = 0; i < 4 * LATER; i++) index.data[4 * end + i] = end ? index.data[4 * end - 1] : 0;
     }
     int64_t begin(int64_t group) const { return start.data[group - span.first]; }
 
@@ -269,40 +269,46 @@ struct Sums {
     }
 };
 
-// One row of counts. Line by line its channels are read four at a time, as four short runs with gaps are read no slower than
-// one long one.
+// One row of counts. Line by line its channels are read eight at a time, as eight short runs with gaps are read faster than
+// one after another.
 struct Counted {
     const Quads& list;
     const int8_t* base;
     int64_t stride, width;
 
-    // A function of its own, as in a larger one the compiler keeps some of the rows' addresses in memory.
+    // Q quads from `quad` on; those after them are fetched. A function of its own, as in a larger one the compiler keeps some
+    // of the rows' addresses in memory.
+    template <int Q>
     __attribute__((noinline)) void add(int16_t* sums, int64_t quad) const {
-        const int8_t *row[4], *next[4];
-        for (int c = 0; c < 4; c++) {
+        const int8_t *row[4 * Q], *next[4 * Q];
+        vbytes counts[2 * Q];
+        for (int c = 0; c < 4 * Q; c++) {
             row[c] = base + list.index.data[4 * quad + c] * stride;
-            next[c] = base + list.index.data[4 * quad + 4 + c] * stride;
+            next[c] = base + list.index.data[4 * (quad + Q) + c] * stride;
         }
-        const uint32_t counts = list.counts.data[quad];
-        const vbytes first = (vbytes)(vshorts{} + (int16_t)counts), second = (vbytes)(vshorts{} + (int16_t)(counts >> 16));
+        for (int pair = 0; pair < 2 * Q; pair++) {
+            const int16_t two = (int16_t)(list.counts.data[quad + pair / 2] >> pair % 2 * 16);
+            counts[pair] = (vbytes)(vshorts{} + two);
+        }
         for (int64_t n = 0; n < width; n += UNIT) {
-            for (int c = 0; c < 4; c++) __builtin_prefetch(next[c] + n);
+            for (int c = 0; c < 4 * Q; c++) __builtin_prefetch(next[c] + n);
 #pragma GCC unroll 4
             for (int64_t i = n; i < n + UNIT; i += 4 * W) {
-                vbytes a[2], b[2];
-                interleave(row[0] + i, row[1] + i, &a[0], &a[1]);
-                interleave(row[2] + i, row[3] + i, &b[0], &b[1]);
-                for (int half = 0; half < 2; half++) {
-                    vshorts sum;
-                    int16_t* at = sums + i + half * 2 * W;
-                    memcpy(&sum, at, sizeof sum);
-                    sum += dot_bytes(a[half], first) + dot_bytes(b[half], second);
-                    memcpy(at, &sum, sizeof sum);
+                vshorts sum[2];
+                memcpy(sum, sums + i, sizeof sum);
+#pragma GCC unroll 4
+                for (int pair = 0; pair < 2 * Q; pair++) {
+                    vbytes low, high;
+                    interleave(row[2 * pair] + i, row[2 * pair + 1] + i, &low, &high);
+                    sum[0] += dot_bytes(low, counts[pair]);
+                    sum[1] += dot_bytes(high, counts[pair]);
                 }
+                memcpy(sums + i, sum, sizeof sum);
             }
         }
     }
-    // Of four counts: no sum of their products with codes of -128 to 127 is larger than 128 times as much.
+    // Of four counts. No sum of products with codes of -128 to 127 is larger than 128 times as much, so ROOM fits in 16 bits.
+    static constexpr int ROOM = 255;
     static int size(uint32_t counts) {
         int total = 0;
         for (int c = 0; c < 32; c += 8) total += abs((int8_t)(counts >> c));
@@ -313,10 +319,16 @@ struct Counted {
         for (int64_t g = list.span.first; g < list.span.last; g++) {
             int used = 0;
             for (int64_t n = 0; n < width; n += 16) __builtin_prefetch(scale + g * scales + n);
-            for (int64_t quad = list.begin(g); quad < list.begin(g + 1); quad++) {
-                const int more = size(list.counts.data[quad]);
-                if (used + more > 255) sums.make_room(width), used = 0;
-                add(sums.small, quad);
+            for (int64_t quad = list.begin(g), end = list.begin(g + 1), count; quad < end; quad += count) {
+                int more = size(list.counts.data[quad]);
+                const int second = quad + 1 < end ? size(list.counts.data[quad + 1]) : ROOM;
+                count = more + second <= ROOM ? 2 : 1;
+                more += count == 2 ? second : 0;
+                if (used + more > ROOM) sums.make_room(width), used = 0;
+                if (count == 2)
+                    add<2>(sums.small, quad);
+                else
+                    add<1>(sums.small, quad);
                 used += more;
             }
             if (used) sums.add_to(total[g >= half], scale + g * scales, width);
