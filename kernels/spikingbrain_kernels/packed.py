@@ -17,6 +17,8 @@ UNIT = 64  # outputs are padded to whole units
 LARGEST_PANEL = 2048  # outputs
 LEAST_GROUPS = 16  # for which threads share inputs instead of outputs
 LARGEST_CODE = 127
+# Of the additions in packed products: raised when they give other bits. 2: int8, too, adds up two halves of the inputs.
+ORDER = 2
 
 
 def panel_of(out_features: int, in_features: int, kind: str) -> int:

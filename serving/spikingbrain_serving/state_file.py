@@ -19,6 +19,7 @@ from spikingbrain.errors import InputError
 from spikingbrain.files import replaced_file
 from spikingbrain.packing import PackedLinear
 from spikingbrain.state import StateSpec
+from spikingbrain_kernels.packed import ORDER
 
 from .snapshot import Snapshot
 
@@ -59,7 +60,7 @@ def _weights(model: Any) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             packed = {"weight": module.packed.weight, "scale": module.packed.scale}
-            weights |= {f"{name}.{part}": tensor for part, tensor in packed.items() if tensor is not None}
+            weights |= {f"{name}.{part}.{ORDER}": tensor for part, tensor in packed.items() if tensor is not None}
     return weights
 
 
