@@ -71,27 +71,40 @@ void read_block(const Attention& a, int64_t low, int64_t high, float* keys, floa
     }
 }
 
-// Scores of one row become weights relative to the new maximum; gives what the old sums must be multiplied by.
-float soften(float* scores, const Span& seen, float* maximum, float* total) {
-    const vi lane = load_int((const int32_t[]){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
-    const auto visible = [&](int64_t j) {
-        const vi place = lane + (int32_t)j;
-        return (place >= splat_int((int32_t)seen.from)) & (place < splat_int((int32_t)seen.to));
-    };
-    const int64_t first = larger(seen.from, 0) / W * W;
-    vf tops = splat(*maximum);
-    for (int64_t j = first; j < seen.to; j += W) {
+// Which of W places from `j` on are in `seen`.
+vi visible(const Span& seen, int64_t j) {
+    const vi place = load_int((const int32_t[]){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}) + (int32_t)j;
+    return (place >= splat_int((int32_t)seen.from)) & (place < splat_int((int32_t)seen.to));
+}
+
+// Calls with(j, what is seen of W places from `j` on) for all places of a block of which some are seen.
+template <class With>
+void each_seen(const Span& seen, With with) {
+    if (seen.from <= 0 && seen.to >= BLOCK)
+        for (int64_t j = 0; j < BLOCK; j += W) with(j, splat_int(-1));
+    else
+        for (int64_t j = larger(seen.from, 0) / W * W; j < seen.to; j += W) with(j, visible(seen, j));
+}
+
+// The largest of `maximum` and one row's scores; a NaN where there is any.
+float highest(const float* scores, const Span& seen, float maximum) {
+    vf tops = splat(maximum);
+    each_seen(seen, [&](int64_t j, vi shown) {
         const vf score = load(scores + j);
-        tops = visible(j) & ((score > tops) | (score != score)) ? score : tops;
-    }
-    const float top = largest(tops);
+        tops = shown & ((score > tops) | (score != score)) ? score : tops;
+    });
+    return largest(tops);
+}
+
+// Scores of one row become weights relative to the new maximum; gives what the old sums must be multiplied by.
+float soften(float* scores, const Span& seen, float top, float* maximum, float* total) {
     vf sums = {};
-    for (int64_t j = first; j < seen.to; j += W) {
+    each_seen(seen, [&](int64_t j, vi shown) {
         vf weight = exponential(load(scores + j) - splat(top));
-        weight = visible(j) ? weight : vf{};
+        weight = shown ? weight : vf{};
         store(scores + j, weight);
         sums += weight;
-    }
+    });
     const float keep = top == *maximum ? 1.0f : exponential(splat(*maximum - top))[0];
     *total = *total * keep + sum(sums);
     *maximum = top;
@@ -107,12 +120,12 @@ struct Group {
 // Room for the queries of several groups, and for one block of one of them.
 struct Scratch {
     int64_t width, rows_of_group;
-    Buffer<float> queries, scores, sums, keys, values, rows, maximum, total;
+    Buffer<float> queries, scores, sums, keys, values, rows, maximum, total, tops;
     Scratch(const Attention& a, int64_t groups, int64_t rows_of_group)
         : width(a.width), rows_of_group(rows_of_group), queries(groups * rows_of_group * a.width + W),
           scores(rows_of_group * BLOCK), sums(groups * rows_of_group * padded(a.width)), keys(a.width * BLOCK),
           values(padded(a.width) * BLOCK), rows(W * padded(a.width)), maximum(groups * rows_of_group),
-          total(groups * rows_of_group) {}
+          total(groups * rows_of_group), tops(rows_of_group) {}
     Group group(int64_t number, int64_t place) const {
         const int64_t row = place * rows_of_group;
         return {number, queries.data + row * width, sums.data + row * padded(width), maximum.data + row,
@@ -193,10 +206,13 @@ void attend(const Attention& a, const Group& group, int64_t from, int64_t to, co
         fetch(j);
         tiles_float(rows, s.keys.data + j * a.width, group.queries, a.width, a.width, s.scores.data + j, BLOCK);
     }
+    // First for all rows, as each has to wait for itself.
+    for (int64_t row = 0; row < rows; row++)
+        s.tops.data[row] = highest(s.scores.data + row * BLOCK, seen(from + row / per_group), group.maximum[row]);
     for (int64_t row = 0; row < rows; row++) {
         float* sums = group.sums + row * wide;
-        const float keep = soften(s.scores.data + row * BLOCK, seen(from + row / per_group), group.maximum + row,
-                                  group.total + row);
+        const float keep = soften(s.scores.data + row * BLOCK, seen(from + row / per_group), s.tops.data[row],
+                                  group.maximum + row, group.total + row);
         for (int64_t i = 0; i < wide && keep != 1.0f; i += W) store(sums + i, load(sums + i) * splat(keep));
     }
     add_values(a, from, to, values, s.scores.data, group.sums, seen);

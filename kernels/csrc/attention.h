@@ -58,10 +58,13 @@ struct Document {
     // Begin to bring some positions of the ring into the second cache: its rows are too far apart for the processor to
     // see them coming. Inlined, as a compiler may leave out calls of a function that only prefetches.
     __attribute__((always_inline)) void fetch(int64_t from, int64_t to, int64_t part, int64_t group) const {
-        if (slot < 0) return;
-        for (int64_t position = from; position < smaller(to, first); position++) {
-            const char* row = (const char*)ring(position, part, group);
-            for (int64_t b = 0; b < a.width * (a.pool_type == F32 ? 4 : 2); b += 64) __builtin_prefetch(row + b, 0, 2);
+        to = smaller(to, first);
+        if (slot < 0 || from >= to) return;
+        const int64_t size = a.pool_type == F32 ? 4 : 2, last = from - from % a.capacity + a.capacity;
+        const char* row = (const char*)ring(from, part, group);
+        for (int64_t position = from; position < to; position++, row += stride() * size) {
+            if (position == last) row = (const char*)ring(position, part, group);
+            for (int64_t b = 0; b < a.width * size; b += 64) __builtin_prefetch(row + b, 0, 2);
         }
     }
 };
