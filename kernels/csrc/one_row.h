@@ -1,149 +1,18 @@
 // One row at a time: what bounds it is reading its weights, and channels that did not fire are not read.
 //
 // A thread has two streams of weights under way at once, as one is not enough for the bandwidth there is: both halves of
-// the inputs, or, of int8, two groups of 128 inputs.
+// the inputs, or, of int8 of which channels are left out, two groups of 128 inputs. Dense int8 is one stream, of several
+// channels.
 #pragma once
-#include "packed.h"
+#include "lists.h"
 
 namespace {
 
-constexpr int64_t AHEAD = 2048;  // bytes fetched ahead where no channel is left out
-// Channels of dense int8 that are added in one pass over the sums. With eight lanes a core computes no faster than it reads.
-constexpr int TOGETHER = W < 16 ? 2 : 1;
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Which of eight lanes a mask keeps, in order; a byte each.
-struct Places {
-    uint8_t lane[256][8] = {};
-    constexpr Places() {
-        for (int mask = 0; mask < 256; mask++)
-            for (int i = 0, n = 0; i < 8; i++)
-                if (mask >> i & 1) lane[mask][n++] = (uint8_t)i;
-    }
-};
-constexpr Places PLACES;
-#endif
-
-// Appends those of W channels, `k` on, that are to be read to a list with room for W; gives how many.
-int64_t keep(vf x, int64_t k, int64_t channels, bool all, int32_t* index, float* value) {
-    const int present = (1 << channels) - 1;
-#if defined(__AVX512F__)
-    const __mmask16 other = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    const __mmask16 fired = (__mmask16)(all ? present : present & other);
-    const __m512i place = _mm512_add_epi32(_mm512_set1_epi32((int)k), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
-                                                                                        11, 12, 13, 14, 15));
-    _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(fired, place));
-    _mm512_storeu_ps(value, _mm512_maskz_compress_ps(fired, (__m512)x));
-    return __builtin_popcount(fired);
-#elif defined(__AVX2__)
-    const int other = _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NEQ_UQ));
-    const int fired = all ? present : present & other;
-    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)PLACES.lane[fired]));
-    _mm256_storeu_si256((__m256i*)index, _mm256_add_epi32(lanes, _mm256_set1_epi32((int)k)));
-    _mm256_storeu_ps(value, _mm256_permutevar8x32_ps((__m256)x, lanes));
-    return __builtin_popcount(fired);
-#else
-    int64_t n = 0;
-    for (int64_t i = 0; i < W; i++) {
-        index[n] = (int32_t)(k + i);
-        value[n] = x[i];
-        n += (present >> i & 1) && (all || x[i] != 0);
-    }
-    return n;
-#endif
-}
-
-// The channels of some groups of a row that are to be read, in order, and what their weights are multiplied with. A group's
-// are `index[begin(g) .. end(g)]`.
-struct Channels {
-    static constexpr int64_t LATER = 2;  // places behind the last that can be read, too
-    bool all;
-    Span span;
-    Buffer<int32_t> index;
-    Buffer<float> value;
-    Buffer<int64_t> start;
-
-    // x can be read to the next multiple of W.
-    Channels(const float* x, int64_t in, Span span, bool all)
-        : all(all), span(span), index(room(span) + LATER), value(room(span)), start(span.last - span.first + 1) {
-        int64_t n = 0;
-        for (int64_t g = span.first; g < span.last; g++) {
-            start.data[g - span.first] = n;
-            for (int64_t k = g * GROUP; k < smaller(in, (g + 1) * GROUP); k += W)
-                n += keep(load(x + k), k, smaller(W, in - k), all, index.data + n, value.data + n);
-        }
-        start.data[span.last - span.first] = n;
-        for (int64_t i = 0; i < LATER; i++) index.data[n + i] = n ? index.data[n - 1] : 0;
-    }
-    int64_t begin(int64_t group) const { return start.data[smaller(larger(group, span.first), span.last) - span.first]; }
-
-   private:
-    static int64_t room(Span span) { return (span.last - span.first) * GROUP + W; }
-};
-
-// Spike counts of some groups of a row, four to a quad. Four products of codes with counts of up to MOST fit in 16 bits, so a
-// larger count is several, of the same channel. A group's quads are `begin(g) .. begin(g + 1)`; its last counts may be zero.
-struct Quads {
-    static constexpr int64_t LATER = 2;  // quads behind the last that can be read, too
-    static constexpr int MOST = 63;
-    Span span;
-    Buffer<int32_t> index;    // [quads, 4]
-    Buffer<uint32_t> counts;  // [quads], four bytes
-    Buffer<int64_t> start;
-
-    // x can be read to the next multiple of W; total: at least the sum of all counts' sizes.
-    Quads(const float* x, int64_t in, Span span, int64_t total)
-        : span(span), index(room(span, total) * 4), counts(room(span, total)), start(span.last - span.first + 1) {
-        int32_t place[GROUP + W];
-        float count[GROUP + W] = {};
-        for (int64_t g = span.first; g < span.last; g++) {
-            vi large{};
-            int64_t kept = 0;
-            for (int64_t k = g * GROUP; k < smaller(in, (g + 1) * GROUP); k += W) {
-                const vf counts = load(x + k);
-                large |= (counts > splat(MOST)) | (counts < splat(-MOST));
-                kept += keep(counts, k, smaller(W, in - k), false, place + kept, count + kept);
-            }
-            start.data[g - span.first] = end;
-            append(place, count, kept, any(large));
-        }
-        start.data[span.last - span.first] = end;
-        for (int i = 0; i < 4 * LATER; i++) index.data[4 * end + i] = end ? index.data[4 * end - 1] : 0;
-    }
-    int64_t begin(int64_t group) const { return start.data[group - span.first]; }
-
-   private:
-    int64_t end = 0;
-
-    static int64_t room(Span span, int64_t total) {
-        const int64_t groups = span.last - span.first;
-        return (groups * GROUP + total / MOST) / 4 + groups + LATER + W / 4;
-    }
-
-    void append(const int32_t* place, const float* count, int64_t kept, bool large) {
-        int8_t* bytes = (int8_t*)(counts.data + end);
-        int32_t* to = index.data + 4 * end;
-        int64_t n = kept;
-        if (large) {
-            n = in_parts(place, count, kept, to, bytes);
-        } else {
-            memcpy(to, place, kept * sizeof *to);
-            for (int64_t i = 0; i < kept; i += W) store(bytes + i, __builtin_convertvector(load(count + i), vi));
-        }
-        for (; n % 4; n++) to[n] = to[n - 1], bytes[n] = 0;
-        end += n / 4;
-    }
-    static int64_t in_parts(const int32_t* place, const float* count, int64_t kept, int32_t* to, int8_t* bytes) {
-        int64_t n = 0;
-        for (int64_t i = 0; i < kept; i++)
-            for (int32_t rest = (int32_t)count[i]; rest; n++) {
-                const int32_t part = rest > MOST ? MOST : rest < -MOST ? -MOST : rest;
-                to[n] = place[i], bytes[n] = (int8_t)part;
-                rest -= part;
-            }
-        return n;
-    }
-};
+// Channels of dense int8 that are added in one pass over the sums. One at a time a core computes no faster than it reads.
+constexpr int TOGETHER = 2;
+// Bytes fetched ahead of N channels where none is left out: of several the next ones, as wide as a panel can be.
+template <int N>
+constexpr int64_t AHEAD = N == 1 ? 2048 : N * MAX_PANEL;
 
 // Runs of weights to be added to sums, of N channels, one after another in memory, times their values. As much of what is
 // read later is fetched.
@@ -166,66 +35,71 @@ void add(float* sums, const Run<T, N>& run, int64_t n) {
 }
 
 // Channels of a list whose runs of `width` begin at `base + channel * stride`.
-template <class T>
+template <class T, class List>
 struct Runs {
-    const Channels& list;
+    const List& list;
     const T* base;
     int64_t stride, width;
 
-    const T* row(int64_t i) const { return base + list.index.data[i] * stride; }
+    const T* row(int64_t i) const { return base + list.channel(i) * stride; }
     // N channels from the i-th on.
     template <int N>
     Run<T, N> at(int64_t i) const {
         Run<T, N> run;
-        run.next = list.all ? row(i) + AHEAD / sizeof(T) : row(i + 2);
-        for (int c = 0; c < N; c++) run.row[c] = row(i + c), run.value[c] = splat(list.value.data[i + c]);
+        if constexpr (std::is_same_v<List, Every>)
+            run.next = row(i) + AHEAD<N> / sizeof(T);
+        else
+            run.next = row(i + 2);
+        for (int c = 0; c < N; c++) run.row[c] = row(i + c), run.value[c] = splat(list.value(i + c));
         return run;
     }
 };
 
-// sums[0] += channels begin[0] .. end[0], sums[1] += channels begin[1] .. end[1], N of each in turn.
-template <int N, class T>
-void stream(const Runs<T>& runs, const int64_t* begin, const int64_t* end, float (*sums)[MAX_PANEL]) {
+// sums += channels begin .. end, N in a pass. A function of its own, as in a larger one addresses are kept in memory.
+template <int N, class T, class List>
+__attribute__((noinline)) void stream(const Runs<T, List>& runs, int64_t begin, int64_t end, float* sums) {
+    int64_t i = begin;
+    for (; i + N <= end; i += N) {
+        const auto run = runs.template at<N>(i);
+        for (int64_t n = 0; n < runs.width; n += UNIT) add(sums, run, n);
+    }
+    if constexpr (N > 1) stream<1>(runs, i, end, sums);
+}
+
+// sums[0] += channels begin[0] .. end[0], sums[1] += channels begin[1] .. end[1], in turn.
+template <class T, class List>
+void two_streams(const Runs<T, List>& runs, const int64_t* begin, const int64_t* end, float (*sums)[MAX_PANEL]) {
     int64_t i = begin[0], j = begin[1];
-    for (; i + N <= end[0] && j + N <= end[1]; i += N, j += N) {
-        const auto one = runs.template at<N>(i), other = runs.template at<N>(j);
+    for (; i < end[0] && j < end[1]; i++, j++) {
+        const auto one = runs.template at<1>(i), other = runs.template at<1>(j);
         for (int64_t n = 0; n < runs.width; n += UNIT) {
             add(sums[0], one, n);
             add(sums[1], other, n);
         }
     }
-    for (; i + N <= end[0]; i += N) {
-        const auto one = runs.template at<N>(i);
-        for (int64_t n = 0; n < runs.width; n += UNIT) add(sums[0], one, n);
-    }
-    for (; j + N <= end[1]; j += N) {
-        const auto other = runs.template at<N>(j);
-        for (int64_t n = 0; n < runs.width; n += UNIT) add(sums[1], other, n);
-    }
-    const int64_t rest[] = {i, j};
-    if constexpr (N > 1) stream<1>(runs, rest, end, sums);
+    stream<1>(runs, i, end[0], sums[0]);
+    stream<1>(runs, j, end[1], sums[1]);
 }
 
 // A row's sums over both halves of its inputs, or what of them is in the list, for weights without scales.
-template <class T>
-void one_row(const Runs<T>& runs, int64_t half, float (*total)[MAX_PANEL]) {
-    const Channels& list = runs.list;
+template <class T, class List>
+void one_row(const Runs<T, List>& runs, int64_t half, float (*total)[MAX_PANEL]) {
+    const List& list = runs.list;
     const int64_t begin[] = {list.begin(0), list.begin(half)}, end[] = {list.begin(half), list.begin(list.span.last)};
-    stream<1>(runs, begin, end, total);
+    two_streams(runs, begin, end, total);
 }
 
 // The same for int8: groups in order, two at a time.
-void one_row(const Runs<int8_t>& runs, int64_t half, const float* scale, int64_t scales, float (*total)[MAX_PANEL]) {
+template <class List>
+void one_row(const Runs<int8_t, List>& runs, int64_t half, const float* scale, int64_t scales, float (*total)[MAX_PANEL]) {
     alignas(64) float sums[2][MAX_PANEL];
-    const Channels& list = runs.list;
-    const bool together = TOGETHER == 2 && list.all && runs.width == runs.stride;
+    const List& list = runs.list;
+    const bool together = std::is_same_v<List, Every> && runs.width == runs.stride;
     for (int64_t g = list.span.first; g < list.span.last; g += 2) {
         const int64_t begin[] = {list.begin(g), list.begin(g + 1)}, end[] = {list.begin(g + 1), list.begin(g + 2)};
         for (int part = 0; part < 2; part++) memset(sums[part], 0, runs.width * sizeof(float));
-        if (together)
-            stream<2>(runs, begin, end, sums);
-        else
-            stream<1>(runs, begin, end, sums);
+        for (int part = 0; part < 2 && together; part++) stream<TOGETHER>(runs, begin[part], end[part], sums[part]);
+        if (!together) two_streams(runs, begin, end, sums);
         for (int part = 0; part < 2; part++)
             if (begin[part] < end[part])
                 add_scaled(total[g + part >= half], sums[part], scale + (g + part) * scales, runs.width);
@@ -276,8 +150,8 @@ struct Counted {
     const int8_t* base;
     int64_t stride, width;
 
-    // Q quads from `quad` on; those after them are fetched. A function of its own, as in a larger one the compiler keeps some
-    // of the rows' addresses in memory.
+    // Q quads from `quad` on; those after them are fetched to the second cache, as more can be under way there. A function of
+    // its own, as in a larger one the compiler keeps some of the rows' addresses in memory.
     template <int Q>
     __attribute__((noinline)) void add(int16_t* sums, int64_t quad) const {
         const int8_t *row[4 * Q], *next[4 * Q];
@@ -291,7 +165,7 @@ struct Counted {
             counts[pair] = (vbytes)(vshorts{} + two);
         }
         for (int64_t n = 0; n < width; n += UNIT) {
-            for (int c = 0; c < 4 * Q; c++) __builtin_prefetch(next[c] + n);
+            for (int c = 0; c < 4 * Q; c++) __builtin_prefetch(next[c] + n, 0, 2);
 #pragma GCC unroll 4
             for (int64_t i = n; i < n + UNIT; i += 4 * W) {
                 vshorts sum[2];
@@ -353,10 +227,10 @@ void columns_of_row(const Call& call, int64_t row, const List& list, const Colum
     if constexpr (std::is_same_v<List, Quads>) {
         Counted{list, weights_of<int8_t>(w, c), c.stride, c.width}.row(half, scale, scales, total);
     } else {
-        if (w.kind == FP32) one_row(Runs<float>{list, weights_of<float>(w, c), c.stride, c.width}, half, total);
-        if (w.kind == HALF) one_row(Runs<bf16>{list, weights_of<bf16>(w, c), c.stride, c.width}, half, total);
+        if (w.kind == FP32) one_row(Runs<float, List>{list, weights_of<float>(w, c), c.stride, c.width}, half, total);
+        if (w.kind == HALF) one_row(Runs<bf16, List>{list, weights_of<bf16>(w, c), c.stride, c.width}, half, total);
         if (w.kind == INT8)
-            one_row(Runs<int8_t>{list, weights_of<int8_t>(w, c), c.stride, c.width}, half, scale, scales, total);
+            one_row(Runs<int8_t, List>{list, weights_of<int8_t>(w, c), c.stride, c.width}, half, scale, scales, total);
     }
     if (list.span.is_all(w.in)) return finish(call, row, c.first, c.width, total[0], total[1]);
     const int64_t own = list.span.first > 0;
@@ -373,8 +247,10 @@ void rows_one_by_one(const Call& call, const Reading* readings, const Part& part
         };
         if (readings[row].counts)
             compute(Quads(x, call.w.in, part.span, readings[row].total));
+        else if (readings[row].all)
+            compute(Every{x, call.w.in, part.span});
         else
-            compute(Channels(x, call.w.in, part.span, readings[row].all));
+            compute(Channels(x, call.w.in, part.span));
     }
 }
 
