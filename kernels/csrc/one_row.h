@@ -1,8 +1,8 @@
 // One row at a time: what bounds it is reading its weights, and channels that did not fire are not read.
 //
-// A thread has two streams of weights under way at once, as one is not enough for the bandwidth there is: both halves of
-// the inputs, or, of int8 of which channels are left out, two groups of 128 inputs. Dense int8 is one stream, of several
-// channels.
+// A thread has two streams of weights under way at once where one is not enough for the bandwidth there is: both halves of
+// the inputs or, of int8, two groups of 128 inputs. Every channel is one stream with AVX-512, which the processor's own
+// prefetching follows, and of int8, two channels of which are read at once.
 #pragma once
 #include "lists.h"
 
@@ -10,22 +10,23 @@ namespace {
 
 // Channels of dense int8 that are added in one pass over the sums. One at a time a core computes no faster than it reads.
 constexpr int TOGETHER = 2;
+constexpr bool ONE_STREAM = W == 16;
 // Bytes fetched ahead of N channels where none is left out: of several the next ones, as wide as a panel can be.
 template <int N>
-constexpr int64_t AHEAD = N == 1 ? 2048 : N * MAX_PANEL;
+constexpr int64_t AHEAD = N > 1 ? N * MAX_PANEL : ONE_STREAM ? 0 : 2048;
 
 // Runs of weights to be added to sums, of N channels, one after another in memory, times their values. As much of what is
-// read later is fetched.
-template <class T, int N>
+// read later is fetched, if FETCH.
+template <class T, int N, bool FETCH>
 struct Run {
     const T *row[N], *next;
     vf value[N];
 };
 
 // UNIT outputs from `n` on.
-template <class T, int N>
-void add(float* sums, const Run<T, N>& run, int64_t n) {
-    for (size_t b = 0; b < N * UNIT * sizeof(T); b += 64) __builtin_prefetch((const char*)(run.next + N * n) + b);
+template <class T, int N, bool FETCH>
+void add(float* sums, const Run<T, N, FETCH>& run, int64_t n) {
+    for (size_t b = 0; FETCH && b < N * UNIT * sizeof(T); b += 64) __builtin_prefetch((const char*)(run.next + N * n) + b);
 #pragma GCC unroll 16
     for (int i = 0; i < UNIT; i += W) {
         vf sum = load(sums + n + i);
@@ -44,9 +45,10 @@ struct Runs {
     const T* row(int64_t i) const { return base + list.channel(i) * stride; }
     // N channels from the i-th on.
     template <int N>
-    Run<T, N> at(int64_t i) const {
-        Run<T, N> run;
-        if constexpr (std::is_same_v<List, Every>)
+    auto at(int64_t i) const {
+        constexpr bool every = std::is_same_v<List, Every>;
+        Run<T, N, !every || AHEAD<N> != 0> run;
+        if constexpr (every)
             run.next = row(i) + AHEAD<N> / sizeof(T);
         else
             run.next = row(i + 2);
@@ -58,10 +60,11 @@ struct Runs {
 // sums += channels begin .. end, N in a pass. A function of its own, as in a larger one addresses are kept in memory.
 template <int N, class T, class List>
 __attribute__((noinline)) void stream(const Runs<T, List>& runs, int64_t begin, int64_t end, float* sums) {
+    const int64_t width = runs.width;  // `sums` could be a part of `runs`, for all the compiler knows
     int64_t i = begin;
     for (; i + N <= end; i += N) {
         const auto run = runs.template at<N>(i);
-        for (int64_t n = 0; n < runs.width; n += UNIT) add(sums, run, n);
+        for (int64_t n = 0; n < width; n += UNIT) add(sums, run, n);
     }
     if constexpr (N > 1) stream<1>(runs, i, end, sums);
 }
@@ -81,12 +84,26 @@ void two_streams(const Runs<T, List>& runs, const int64_t* begin, const int64_t*
     stream<1>(runs, j, end[1], sums[1]);
 }
 
+// The same in the way in which such weights are read fastest.
+template <class T, class List>
+void both(const Runs<T, List>& runs, const int64_t* begin, const int64_t* end, float (*sums)[MAX_PANEL]) {
+    constexpr bool every = std::is_same_v<List, Every>;
+    constexpr int together = every && std::is_same_v<T, int8_t> ? TOGETHER : 1;
+    if (together > 1 && runs.width == runs.stride) {
+        for (int part = 0; part < 2; part++) stream<together>(runs, begin[part], end[part], sums[part]);
+    } else if (every && ONE_STREAM) {
+        for (int part = 0; part < 2; part++) stream<1>(runs, begin[part], end[part], sums[part]);
+    } else {
+        two_streams(runs, begin, end, sums);
+    }
+}
+
 // A row's sums over both halves of its inputs, or what of them is in the list, for weights without scales.
 template <class T, class List>
 void one_row(const Runs<T, List>& runs, int64_t half, float (*total)[MAX_PANEL]) {
     const List& list = runs.list;
     const int64_t begin[] = {list.begin(0), list.begin(half)}, end[] = {list.begin(half), list.begin(list.span.last)};
-    two_streams(runs, begin, end, total);
+    both(runs, begin, end, total);
 }
 
 // The same for int8: groups in order, two at a time.
@@ -94,12 +111,10 @@ template <class List>
 void one_row(const Runs<int8_t, List>& runs, int64_t half, const float* scale, int64_t scales, float (*total)[MAX_PANEL]) {
     alignas(64) float sums[2][MAX_PANEL];
     const List& list = runs.list;
-    const bool together = std::is_same_v<List, Every> && runs.width == runs.stride;
     for (int64_t g = list.span.first; g < list.span.last; g += 2) {
         const int64_t begin[] = {list.begin(g), list.begin(g + 1)}, end[] = {list.begin(g + 1), list.begin(g + 2)};
         for (int part = 0; part < 2; part++) memset(sums[part], 0, runs.width * sizeof(float));
-        for (int part = 0; part < 2 && together; part++) stream<TOGETHER>(runs, begin[part], end[part], sums[part]);
-        if (!together) two_streams(runs, begin, end, sums);
+        both(runs, begin, end, sums);
         for (int part = 0; part < 2; part++)
             if (begin[part] < end[part])
                 add_scaled(total[g + part >= half], sums[part], scale + (g + part) * scales, runs.width);

@@ -42,10 +42,18 @@ def seconds_in_turn(calls: Sequence[Callable[[int], object]], *, repeats: int, w
     return [sorted(own[warm_up:])[repeats // 10] for own in times]
 
 
-def read_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes a second that this machine's threads read from memory: the best of five sums over `size` bytes."""
-    memory = torch.ones(size // 4)
-    return size / min(seconds(lambda _: memory.sum(), repeats=1) for _ in range(5))
+READ = 1 << 30
+
+
+def reading() -> Callable[[int], object]:
+    """A call that reads `READ` bytes from memory with all threads."""
+    memory = torch.ones(READ // 4)
+    return lambda _: memory.sum()
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that this machine's threads read from memory, at best."""
+    return READ / seconds(reading(), repeats=5)
 
 
 def require_close(what: str, value: Tensor, expected: Tensor, tolerance: float) -> float:

@@ -1,21 +1,26 @@
 """Tokens a second of one sequence at several positions: packed in bf16, int8, with spikes; a Qwen2 beside them.
 
-Ours take turns, token by token. The Qwen2 then runs in Hugging Face's library and, where these are installed, in
-llama.cpp and vLLM, whose threads would disturb the others.
+Ours and reading of memory take turns, token by token, as a shared machine reads at one rate now and at another a second
+later. The Qwen2 then runs in Hugging Face's library and, where these are installed, in llama.cpp and vLLM, whose
+threads would disturb the others; between its tokens it waits, so that they are spread over as long a time.
 """
 
 import argparse
 import copy
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..packing import prepare
-from . import Row, read_bandwidth, require_close, seconds, seconds_in_turn
+from . import READ, Row, reading, require_close, seconds_in_turn
 from .models import ADAPTIVE, OurDecoder, TheirDecoder, ours, qwen2, silence
 from .peers import LlamaCpp, Vllm, lacking
 
+WARM_UP = 2
+# Between tokens of a peer: what a token of each of ours takes.
+PAUSE = 0.25
 TOLERANCE = {"bf16": 5e-2, "int8": 0.15, "q8_0": 0.15}
 
 
@@ -25,17 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="use only so many layers")
     parser.add_argument("--positions", type=int, nargs="+", default=[512, 4096, 65536], help="tokens read before")
     parser.add_argument("--peer-positions", type=int, nargs="+", default=[512, 4096], help="the same for the peers")
-    parser.add_argument("--tokens", type=int, default=12, help="tokens timed")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens timed")
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> list[Row]:
     """A row for each model and position."""
-    roof = read_bandwidth()
-    rows: list[Row] = [{"model": "read bandwidth", "GB/s": roof / 1e9}]
     models = list(_models(args))
     config = models[0][1].config
-    rows += _in_turn(models, roof, args)
+    rows = list(_in_turn(models, args))
+    roof = rows[0]["GB/s"] * 1e9
     del models
     rows += _hugging_face("fp32", qwen2(config, "fp32"), roof, args)
     peer = qwen2(config, "bf16")
@@ -46,14 +50,16 @@ def run(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _in_turn(models: list[tuple[str, Any, int]], roof: float, args: argparse.Namespace) -> Iterator[Row]:
+def _in_turn(models: list[tuple[str, Any, int]], args: argparse.Namespace) -> Iterator[Row]:
     turns = [
         (name, position, size, OurDecoder(model, position))
         for name, model, size in models
         for position in args.positions
     ]
     steps = [lambda _, decoder=decoder: decoder.step() for *_, decoder in turns]
-    times = seconds_in_turn(steps, repeats=args.tokens, warm_up=2)
+    read, *times = seconds_in_turn([reading(), *steps], repeats=args.tokens, warm_up=WARM_UP)
+    roof = READ / read
+    yield {"model": "read bandwidth", "GB/s": roof / 1e9}
     for (name, position, size, decoder), took in zip(turns, times, strict=True):
         outside = {"outside kernels ms": decoder.seconds_outside() * 1e3}
         yield _figures(name, position, size, roof, took) | outside
@@ -74,7 +80,7 @@ def _llama_cpp(model: Any, roof: float, args: argparse.Namespace) -> Iterator[Ro
     text = list(range(5, 12))
     expected = model(torch.tensor([text])).logits[0, -1]
     for kind, bits in (("bf16", 16), ("q8_0", 8.5)):
-        peer = LlamaCpp(model, kind, max(args.peer_positions) + len(text) + args.tokens)
+        peer = LlamaCpp(model, kind, max(args.peer_positions) + len(text) + 2 * (WARM_UP + args.tokens))
         require_close(f"llama.cpp in {kind}", peer.read(text), expected, TOLERANCE[kind])
         size = bytes_of(model) / 16 * bits
         for position in sorted(args.peer_positions):
@@ -113,7 +119,12 @@ def packed_bytes(model: Any) -> int:
 
 
 def _row(name: str, decoder: Any, position: int, weight_bytes: float, roof: float, tokens: int) -> Row:
-    return _figures(name, position, weight_bytes, roof, seconds(lambda _: decoder.step(), repeats=tokens, warm_up=2))
+    def wait(_: int) -> None:
+        time.sleep(PAUSE)
+        decoder.step()  # not timed: the first after a pause may be slow
+
+    _, took = seconds_in_turn([wait, lambda _: decoder.step()], repeats=tokens, warm_up=WARM_UP)
+    return _figures(name, position, weight_bytes, roof, took)
 
 
 def _figures(name: str, position: int, weight_bytes: float, roof: float, took: float) -> Row:

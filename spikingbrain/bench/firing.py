@@ -30,7 +30,7 @@ from .models import OurDecoder, ours, replay, silence
 CONTEXT = 256
 # The first tokens of a piece have read too little to fire as later ones do.
 SKIPPED = 64
-PASSES = 3
+PASSES = 10
 LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
