@@ -5,7 +5,7 @@
 #define EXPORT_INT EXPORT int
 
 // What the functions take and mean; `VERSION` in library.py.
-EXPORT_INT sb_version() { return 5; }
+EXPORT_INT sb_version() { return 6; }
 
 EXPORT_INT sb_has_baseline() { return 1; }
 

@@ -173,7 +173,7 @@ struct Counted {
         vbytes counts[2 * Q];
         for (int c = 0; c < 4 * Q; c++) {
             row[c] = base + list.index.data[4 * quad + c] * stride;
-            next[c] = base + list.index.data[4 * (quad + Q) + c] * stride;
+            next[c] = base + list.index.data[4 * (quad + 2) + c] * stride;
         }
         for (int pair = 0; pair < 2 * Q; pair++) {
             const int16_t two = (int16_t)(list.counts.data[quad + pair / 2] >> pair % 2 * 16);

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int64_t UNIT = 64;         // outputs are padded to whole units; a unit is what a thread gets
 constexpr int64_t GROUP = 128;       // inputs that share a scale
-constexpr int64_t MAX_PANEL = 2048;  // outputs
+constexpr int64_t MAX_PANEL = 2560;  // outputs
 
 enum Kind { FP32 = 0, HALF = 1, INT8 = 2 };
 

@@ -14,7 +14,7 @@ KINDS = ("fp32", "bf16", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 GROUP = 128  # inputs that share a scale in int8
 UNIT = 64  # outputs are padded to whole units
-LARGEST_PANEL = 2048  # outputs
+LARGEST_PANEL = 2560  # outputs
 LEAST_GROUPS = 16  # for which threads share inputs instead of outputs
 LARGEST_CODE = 127
 # Of the additions in packed products: raised when they give other bits. 2: int8, too, adds up two halves of the inputs.

@@ -93,6 +93,8 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if not torch.is_inference_mode_enabled():  # a constant that is kept for later calls, as a recording keeps it
+            return result
         given, results = _tensors(args), _tensors(result)
         if func._schema.is_mutable:
             self.note(partial(func, **kwargs), args)

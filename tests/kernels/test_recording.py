@@ -44,6 +44,19 @@ def test_a_recorded_run_repeats_every_bit_on_other_inputs_and_goes_on_with_the_s
     assert torch.equal(pool, states)
 
 
+def test_a_constant_that_is_kept_for_later_calls_is_not_made_again():
+    kept = []
+
+    def run(x):
+        with torch.inference_mode(False):
+            kept.append(torch.arange(4.0) * 2)
+        return x + kept[-1]
+
+    recording = Recording(run, torch.zeros(4))
+    kept[0].add_(1)
+    assert torch.equal(recording(torch.ones(4)), torch.tensor([2.0, 4.0, 6.0, 8.0]))
+
+
 def test_nothing_that_a_recording_reads_is_freed(layer):
     run, pool, total = layer
     x, slots = torch.randn(1, 1, 32), torch.tensor([0])
