@@ -27,12 +27,19 @@ const void* place(const Tensor& x, int64_t token, int64_t element) {
     return at(x.data, x.type, token * x.stride + element);
 }
 
+// Rows of a state that are read next: they are brought into the second cache while others are computed.
+struct Ahead {
+    const float* rows;
+    int64_t stride;
+};
+
 // S += k v for one vector of columns; then H heads read it.
 template <int H>
 void columns(float* state, const float* decay, const float* k, vf v, const float* q, int64_t q_stride, int64_t key,
-             bool update, vf* out) {
+             bool update, Ahead ahead, vf* out) {
     vf o[H] = {};
     for (int64_t i = 0; i < key; i++) {
+        __builtin_prefetch(ahead.rows + i * ahead.stride, 0, 2);
         vf s = load(state + i * SLICE);
         if (update) {
             s = fma(splat(k[i]), v, splat(decay[i]) * s);
@@ -45,16 +52,16 @@ void columns(float* state, const float* decay, const float* k, vf v, const float
 }
 
 void columns(int64_t heads, float* state, const float* decay, const float* k, vf v, const float* q, int64_t q_stride,
-             int64_t key, bool update, vf* out) {
+             int64_t key, bool update, Ahead ahead, vf* out) {
     switch (heads) {
-        case 1: return columns<1>(state, decay, k, v, q, q_stride, key, update, out);
-        case 2: return columns<2>(state, decay, k, v, q, q_stride, key, update, out);
-        case 3: return columns<3>(state, decay, k, v, q, q_stride, key, update, out);
-        case 4: return columns<4>(state, decay, k, v, q, q_stride, key, update, out);
-        case 5: return columns<5>(state, decay, k, v, q, q_stride, key, update, out);
-        case 6: return columns<6>(state, decay, k, v, q, q_stride, key, update, out);
-        case 7: return columns<7>(state, decay, k, v, q, q_stride, key, update, out);
-        default: return columns<HEADS>(state, decay, k, v, q, q_stride, key, update, out);
+        case 1: return columns<1>(state, decay, k, v, q, q_stride, key, update, ahead, out);
+        case 2: return columns<2>(state, decay, k, v, q, q_stride, key, update, ahead, out);
+        case 3: return columns<3>(state, decay, k, v, q, q_stride, key, update, ahead, out);
+        case 4: return columns<4>(state, decay, k, v, q, q_stride, key, update, ahead, out);
+        case 5: return columns<5>(state, decay, k, v, q, q_stride, key, update, ahead, out);
+        case 6: return columns<6>(state, decay, k, v, q, q_stride, key, update, ahead, out);
+        case 7: return columns<7>(state, decay, k, v, q, q_stride, key, update, ahead, out);
+        default: return columns<HEADS>(state, decay, k, v, q, q_stride, key, update, ahead, out);
     }
 }
 
@@ -94,7 +101,7 @@ void error_of(const float* state, const float* decay, const float* k, float beta
 }
 
 void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first, int64_t width, float* state,
-               float* row, int64_t stride) {
+               float* row, int64_t stride, Ahead ahead) {
     const int64_t per_group = r.heads / r.groups;
     float *decay = row, *k = row + stride, *v = row + 2 * stride, *q = row + 3 * stride;
     read_decay(r, token, group, decay);
@@ -111,27 +118,45 @@ void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first,
         for (int64_t h = 0; h < per_group; h += HEADS) {
             const int64_t some = per_group - h < HEADS ? per_group - h : HEADS;
             vf out[HEADS];
-            columns(some, state + c, decay, k, load(v + c), q + h * stride, stride, r.key, h == 0, out);
+            columns(some, state + c, decay, k, load(v + c), q + h * stride, stride, r.key, h == 0,
+                    {ahead.rows + c, ahead.stride}, out);
             for (int64_t i = 0; i < some; i++)
                 put(r, token, group * per_group + h + i, first + c, width - c < W ? width - c : W,
                     out[i] * splat(r.scale));
         }
 }
 
-void one_slice(const Recurrence& r, int64_t document, int64_t group, int64_t first, int64_t width) {
-    const int64_t stride = (r.key > SLICE ? r.key : SLICE) + W;
+// Columns `first .. first + width` of a document's state for one group of heads.
+struct Slice {
+    int64_t document, group, first, width;
+
+    Slice(const Recurrence& r, int64_t number) {
+        const int64_t slices = (r.value + SLICE - 1) / SLICE;
+        document = number / slices / r.groups, group = number / slices % r.groups, first = number % slices * SLICE;
+        width = r.value - first < SLICE ? r.value - first : SLICE;
+    }
+    // Its rows, `r.value` apart, or null: padding remembers zeros.
+    float* home(const Recurrence& r) const {
+        const int64_t slot = r.slots ? r.slots[document] : document;
+        return slot < 0 ? nullptr : r.pool + (slot * r.groups + group) * r.key * r.value + first;
+    }
+};
+
+void one_slice(const Recurrence& r, const Slice& slice, const float* next) {
+    const auto& [document, group, first, width] = slice;
+    const int64_t stride = (r.key > SLICE ? r.key : SLICE) + W, end = r.starts[document + 1];
     Buffer<float> state(r.key * SLICE), row((3 + r.heads / r.groups) * stride);
     memset(state.data, 0, r.key * SLICE * sizeof(float));
     memset(row.data, 0, 3 * stride * sizeof(float));
-    const int64_t slot = r.slots ? r.slots[document] : document;
-    float* home = r.pool + (slot * r.groups + group) * r.key * r.value + first;
-    if (slot >= 0) copy_rows(home, r.value, r.key, width, state.data, SLICE);
-    for (int64_t n = r.starts[document]; n < r.starts[document + 1]; n++) {
+    float* home = slice.home(r);
+    if (home) copy_rows(home, r.value, r.key, width, state.data, SLICE);
+    for (int64_t n = r.starts[document]; n < end; n++) {
         if (r.kept && (n - r.starts[document]) % CHUNK == 0)
             copy_rows(state.data, SLICE, r.key, width, kept_state(r, document, group, n) + first, r.value);
-        one_token(r, r.tokens ? r.tokens[n] : n, group, first, width, state.data, row.data, stride);
+        const Ahead ahead = next && n == end - 1 ? Ahead{next, r.value} : Ahead{state.data, SLICE};
+        one_token(r, r.tokens ? r.tokens[n] : n, group, first, width, state.data, row.data, stride, ahead);
     }
-    if (slot >= 0) copy_rows(state.data, SLICE, r.key, width, home, r.value);
+    if (home) copy_rows(state.data, SLICE, r.key, width, home, r.value);
 }
 
 // Gradients of the loss, in fp32: `out` and `state` of the results, the others of what went in.
@@ -237,14 +262,11 @@ struct Backward {
 
 // Updates the states in `pool` and writes `out [tokens, heads, value]`, in q's type, for every token of a document.
 EXPORT(gated_linear)(const Recurrence* r, int64_t documents, int64_t threads) {
-    const int64_t slices = (r->value + SLICE - 1) / SLICE;
+    const int64_t tasks = documents * r->groups * ((r->value + SLICE - 1) / SLICE);
     const int64_t steps = r->starts[documents] * r->groups * r->key * r->value;
 #pragma omp parallel for num_threads(threads) schedule(static) if (steps > ALONE)
-    for (int64_t task = 0; task < documents * r->groups * slices; task++) {
-        const int64_t first = task % slices * SLICE;
-        const int64_t width = r->value - first < SLICE ? r->value - first : SLICE;
-        one_slice(*r, task / slices / r->groups, task / slices % r->groups, first, width);
-    }
+    for (int64_t task = 0; task < tasks; task++)
+        one_slice(*r, Slice(*r, task), task + 1 < tasks ? Slice(*r, task + 1).home(*r) : nullptr);
 }
 
 // Gradients of a call whose `kept` states are at hand; writes those of every token of a document, and of the states.
