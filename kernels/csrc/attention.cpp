@@ -196,14 +196,14 @@ void add_values(const Attention& a, int64_t from, int64_t to, const Values<T>& v
 }
 
 // Let the queries at `from .. to` attend to a block whose keys are in `s`, of which the one at `position` sees
-// `seen(position)`. `fetch(j)` is called on the way, for every tile of places.
+// `seen(position)`. `fetch(from, to)` is called on the way, for some places at a time.
 template <class T, class Seen, class Fetch>
 void attend(const Attention& a, const Group& group, int64_t from, int64_t to, const Values<T>& values, Scratch& s,
             Seen seen, Fetch fetch) {
     const int64_t per_group = a.heads / a.groups, rows = (to - from) * per_group, wide = padded(a.width);
     memset(s.scores.data, 0, rows * BLOCK * sizeof(float));
     for (int64_t j = 0; j < BLOCK; j += 2 * W) {
-        fetch(j);
+        fetch(j / 2, j / 2 + W);
         tiles_float(rows, s.keys.data + j * a.width, group.queries, a.width, a.width, s.scores.data + j, BLOCK);
     }
     // First for all rows, as each has to wait for itself.
@@ -211,6 +211,7 @@ void attend(const Attention& a, const Group& group, int64_t from, int64_t to, co
         s.tops.data[row] = highest(s.scores.data + row * BLOCK, seen(from + row / per_group), group.maximum[row]);
     for (int64_t row = 0; row < rows; row++) {
         float* sums = group.sums + row * wide;
+        fetch(BLOCK / 2 * (rows + row) / rows, BLOCK / 2 * (rows + row + 1) / rows);
         const float keep = soften(s.scores.data + row * BLOCK, seen(from + row / per_group), s.tops.data[row],
                                   group.maximum + row, group.total + row);
         for (int64_t i = 0; i < wide && keep != 1.0f; i += W) store(sums + i, load(sums + i) * splat(keep));
@@ -230,8 +231,8 @@ void attend_in_ring(const Document& d, const Group& group, int64_t from, int64_t
                  s.keys.data + j / (2 * W) * a.width * 2 * W + j % (2 * W));
     }
     attend(a, group, from, to, Values<T>{(const T*)d.ring(block, 1, group.number), d.stride(), 1}, s, seen,
-           [&](int64_t j) __attribute__((always_inline)) {
-               d.fetch(next_block + j, next_block + j + 2 * W, 0, next_group);
+           [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+               d.fetch(next_block + from, next_block + to, 0, next_group);
            });
 }
 
@@ -243,7 +244,7 @@ void some_queries(const Document& d, int64_t first, int64_t last, int64_t from, 
     };
     each_group([&](const Group& group) { begin_queries(d, group, from, to, s.rows.data); });
     const Values<float> copied{s.values.data, 2 * W, BLOCK};
-    const auto nothing = [](int64_t) {};
+    const auto nothing = [](int64_t, int64_t) {};
     for (int64_t sink = 0; sink < a.num_sinks; sink += BLOCK) {
         const int64_t count = smaller(BLOCK, a.num_sinks - sink);
         each_group([&](const Group& group) {
