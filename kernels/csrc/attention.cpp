@@ -156,13 +156,8 @@ void end_queries(const Document& d, const Group& group, int64_t from, int64_t to
         const float* sums = group.sums + row * padded(a.width);
         if (a.kept)
             a.kept[d.token(from + row / per_group) * a.heads + head] = group.maximum[row] + logf(group.total[row]);
-        for (int64_t i = 0; i < a.width; i++) {
-            const float x = sums[i] / group.total[row];
-            if (a.q.type == F32)
-                ((float*)out)[i] = x;
-            else
-                ((bf16*)out)[i] = narrow(x);
-        }
+        for (int64_t i = 0; i < a.width; i += W)
+            store_part(at(out, a.q.type, i), a.q.type, load(sums + i) / splat(group.total[row]), a.width - i);
     }
 }
 
@@ -290,12 +285,7 @@ void remember(const Document& d) {
         for (int64_t part = 0; part < 2; part++)
             for (int64_t group = 0; group < a.groups; group++) {
                 d.read(p, part, group, row.data);
-                void* place = d.ring(p, part, group);
-                for (int64_t i = 0; i < a.width; i++)
-                    if (a.pool_type == F32)
-                        ((float*)place)[i] = row.data[i];
-                    else
-                        ((bf16*)place)[i] = narrow(row.data[i]);
+                narrow_row(row.data, a.width, d.ring(p, part, group), a.pool_type);
             }
 }
 

@@ -30,12 +30,7 @@ struct Slice {
         widen_row(at(x.data, x.type, token(n) * x.stride + first), x.type, width, row);
     }
     void write(int64_t n, int64_t i, vf value) const {
-        void* out = at(c.out, c.x.type, token(n) * c.channels + first + i);
-        const int64_t some = width - i < W ? width - i : W;
-        if (c.x.type == F32)
-            store_part((float*)out, value, some);
-        else
-            store_part((bf16*)out, value, some);
+        store_part(at(c.out, c.x.type, token(n) * c.channels + first + i), c.x.type, value, width - i);
     }
     void* home(int64_t states, int64_t state) const {
         return at(c.pool, c.pool_type, (slot * states + state) * c.channels + first);
@@ -47,11 +42,7 @@ struct Slice {
             widen_row(home(states, i), c.pool_type, width, rows + i * SLICE);
     }
     void store_state(int64_t states, int64_t state, const float* row) const {
-        if (slot < 0) return;
-        if (c.pool_type == F32)
-            memcpy(home(states, state), row, width * sizeof(float));
-        else
-            for (int64_t i = 0; i < width; i++) ((bf16*)home(states, state))[i] = narrow(row[i]);
+        if (slot >= 0) narrow_row(row, width, home(states, state), c.pool_type);
     }
 };
 

@@ -14,13 +14,6 @@ void each(int64_t n, T* out, F f, const Xs*... x) {
     if (i < n) store_part(out + i, f(load_part(x + i, n - i)...), n - i);
 }
 
-void narrow_row(const float* x, int64_t n, void* out, int64_t type) {
-    if (type == F32)
-        memcpy(out, x, n * sizeof(float));
-    else
-        each(n, (bf16*)out, [](vf v) { return v; }, x);
-}
-
 // Sum of f over a row of n values that is followed by zeros up to whole vectors.
 template <class F>
 float total(const float* x, int64_t n, F f) {

@@ -83,25 +83,25 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
                int64_t out_type, int64_t rows, int64_t counts, double break_even, int64_t threads) {
     if (rows == 0 || w->out == 0) return;
     const int64_t in = w->in, stride = padded(in, W);
-    const bool as_is = x_type == F32 && stride == in;
-    Buffer<float> wide(as_is ? 0 : rows * stride);
-    const float* floats = as_is ? (const float*)x : wide.data;
     const bool integers = counts && w->kind == INT8;
+    const bool halves = w->kind == HALF && x_type == BF16 && rows > FEW_ROWS && in % 2 == 0 && has_pairs();
+    const bool as_is = x_type == F32 && stride == in;
+    Buffer<float> wide(as_is || halves ? 0 : rows * stride);
+    const float* floats = as_is ? (const float*)x : wide.data;
     Buffer<Activity> activity(rows);
     Buffer<int16_t> small(integers ? rows * stride : 0);
+    Buffer<int32_t> pairs(halves ? rows * stride / 2 : 0);
 #pragma omp parallel for num_threads(threads) if (rows > 8)
     for (int64_t row = 0; row < rows; row++) {
         float* own = wide.data + row * stride;
-        if (x_type == I16)
+        if (halves)
+            to_pairs((const bf16*)x + row * in, in, pairs.data + row * stride / 2);
+        else if (x_type == I16)
             widen_counts((const int16_t*)x + row * in, in, own);
         else if (!as_is)
             widen_row(at(x, x_type, row * in), x_type, in, own);
         if (integers) activity.data[row] = activity_of(floats + row * stride, in, small.data + row * stride);
     }
-    const bool halves = w->kind == HALF && x_type == BF16 && rows > FEW_ROWS && in % 2 == 0 && has_pairs();
-    Buffer<int32_t> pairs(halves ? rows * stride / 2 : 0);
-    for (int64_t row = 0; halves && row < rows; row++)
-        to_pairs((const bf16*)x + row * in, in, pairs.data + row * stride / 2);
     bool all_whole = integers;
     for (int64_t row = 0; integers && row < rows; row++) all_whole &= activity.data[row].whole;
     Call call{*w, floats, all_whole ? small.data : nullptr, halves ? pairs.data : nullptr,

@@ -18,7 +18,7 @@ struct Packed {
 
 struct Call {
     const Packed& w;
-    const float* x;         // [rows, stride]
+    const float* x;         // [rows, stride], unless `pairs` are read
     const int16_t* counts;  // [rows, stride], or null: no integer path
     const int32_t* pairs;   // [rows, stride / 2], two inputs in bf16, the first in the upper half; or null
     const float* token_scale;
@@ -67,15 +67,12 @@ void add_scaled(float* total, const int32_t* acc, const float* scale, int64_t wi
 
 // Outputs `column .. column + width` of a row from the sums over both halves of its inputs.
 void finish(const Call& call, int64_t row, int64_t column, int64_t width, const float* one, const float* other) {
-    const float scale = call.token_scale ? call.token_scale[row] : 1.0f;
-    const float* bias = call.bias ? call.bias + column : nullptr;
+    const vf scale = splat(call.token_scale ? call.token_scale[row] : 1.0f);
+    void* out = at(call.out, call.out_type, row * call.w.out + column);
     width = smaller(width, call.w.out - column);
-    if (call.out_type == F32) {
-        float* out = (float*)call.out + row * call.w.out + column;
-        for (int64_t n = 0; n < width; n++) out[n] = (one[n] + other[n]) * scale + (bias ? bias[n] : 0.0f);
-    } else {
-        bf16* out = (bf16*)call.out + row * call.w.out + column;
-        for (int64_t n = 0; n < width; n++) out[n] = narrow((one[n] + other[n]) * scale + (bias ? bias[n] : 0.0f));
+    for (int64_t n = 0; n < width; n += W) {
+        const vf bias = call.bias ? load_part(call.bias + column + n, width - n) : vf{};
+        store_part(at(out, call.out_type, n), call.out_type, (load(one + n) + load(other + n)) * scale + bias, width - n);
     }
 }
 

@@ -67,10 +67,7 @@ void columns(int64_t heads, float* state, const float* decay, const float* k, vf
 
 void put(const Recurrence& r, int64_t token, int64_t head, int64_t column, int64_t width, vf x) {
     const int64_t place = (token * r.heads + head) * r.value + column;
-    if (r.q.type == F32)
-        store_part((float*)r.out + place, x, width);
-    else
-        store_part((bf16*)r.out + place, x, width);
+    store_part(at(r.out, r.q.type, place), r.q.type, x, width);
 }
 
 // Where the state before the chunk of a document's token `n` is kept.
@@ -121,8 +118,7 @@ void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first,
             columns(some, state + c, decay, k, load(v + c), q + h * stride, stride, r.key, h == 0,
                     {ahead.rows + c, ahead.stride}, out);
             for (int64_t i = 0; i < some; i++)
-                put(r, token, group * per_group + h + i, first + c, width - c < W ? width - c : W,
-                    out[i] * splat(r.scale));
+                put(r, token, group * per_group + h + i, first + c, width - c, out[i] * splat(r.scale));
         }
 }
 

@@ -132,9 +132,10 @@ static inline void store(bf16* p, vf x) {
     memcpy(p, &half, sizeof half);
 }
 
-// The first n < W elements, and zeros.
+// The first n elements, and zeros.
 template <class T>
 static inline vf load_part(const T* p, int64_t n) {
+    if (n >= W) return load(p);
     T part[W] = {};
     memcpy(part, p, n * sizeof(T));
     return load(part);
@@ -142,6 +143,7 @@ static inline vf load_part(const T* p, int64_t n) {
 
 template <class T>
 static inline void store_part(T* p, vf x, int64_t n) {
+    if (n >= W) return store(p, x);
     T part[W];
     store(part, x);
     memcpy(p, part, n * sizeof(T));
@@ -165,6 +167,17 @@ static inline void widen_row(const void* x, int64_t type, int64_t n, float* wide
 template <class T>
 static inline T* at(T* base, int64_t type, int64_t element) {
     return (T*)((char*)base + element * (type == F32 ? 4 : 2));
+}
+
+static inline void store_part(void* out, int64_t type, vf x, int64_t n) {
+    if (type == F32)
+        store_part((float*)out, x, n);
+    else
+        store_part((bf16*)out, x, n);
+}
+
+static inline void narrow_row(const float* x, int64_t n, void* out, int64_t type) {
+    for (int64_t i = 0; i < n; i += W) store_part(at(out, type, i), type, load_part(x + i, n - i), n - i);
 }
 
 // An input with a row for each token.
