@@ -20,6 +20,19 @@ struct Attention {
 
 int64_t padded(int64_t n) { return (n + 2 * W - 1) / (2 * W) * 2 * W; }
 
+// A row of n elements as floats, followed by zeros up to the next multiple of W, or, of bf16, as they are.
+void copy_row(const void* x, int64_t type, int64_t n, float* row) { widen_row(x, type, n, row); }
+void copy_row(const void* x, int64_t, int64_t n, bf16* row) { memcpy(row, x, n * sizeof *row); }
+
+// Begin to bring rows that lie `stride` elements apart into the second cache: they are too far apart for the processor to
+// see them coming. Inlined, as a compiler may leave out calls of a function that only prefetches.
+__attribute__((always_inline)) inline void fetch_rows(const void* rows, int64_t count, int64_t type, int64_t stride,
+                                                      int64_t width) {
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t i = 0; i < width; i += type == F32 ? 16 : 32)
+            __builtin_prefetch(at((const char*)rows, type, row * stride + i), 0, 2);
+}
+
 struct Document {
     const Attention& a;
     int64_t number, slot, begin, length, first;
@@ -38,15 +51,16 @@ struct Document {
         const int64_t place = slot * a.capacity + position % a.capacity;
         return at(a.pool, a.pool_type, ((place * 2 + part) * a.groups + group) * a.width);
     }
-    // The key (part 0) or value (part 1) of a position in fp32.
-    void read(int64_t position, int64_t part, int64_t group, float* row) const {
+    // The key (part 0) or value (part 1) of a position.
+    template <class T>
+    void read(int64_t position, int64_t part, int64_t group, T* row) const {
         const Tensor& x = part ? a.v : a.k;
         if (position >= first)
-            widen_row(at(x.data, x.type, token(position) * x.stride + group * a.width), x.type, a.width, row);
+            copy_row(at(x.data, x.type, token(position) * x.stride + group * a.width), x.type, a.width, row);
         else if (slot >= 0)
-            widen_row(ring(position, part, group), a.pool_type, a.width, row);
+            copy_row(ring(position, part, group), a.pool_type, a.width, row);
         else  // padding remembers zeros
-            memset(row, 0, a.width * sizeof(float));
+            memset(row, 0, a.width * sizeof *row);
     }
     // Elements of the ring from one position to the next.
     int64_t stride() const { return 2 * a.groups * a.width; }
@@ -55,17 +69,9 @@ struct Document {
         return slot >= 0 && block + BLOCK <= first && block % a.capacity + BLOCK <= a.capacity &&
                a.width % (2 * W) == 0;
     }
-    // Begin to bring some positions of the ring into the second cache: its rows are too far apart for the processor to
-    // see them coming. Inlined, as a compiler may leave out calls of a function that only prefetches.
-    __attribute__((always_inline)) void fetch(int64_t from, int64_t to, int64_t part, int64_t group) const {
-        to = smaller(to, first);
-        if (slot < 0 || from >= to) return;
-        const int64_t size = a.pool_type == F32 ? 4 : 2, last = from - from % a.capacity + a.capacity;
-        const char* row = (const char*)ring(from, part, group);
-        for (int64_t position = from; position < to; position++, row += stride() * size) {
-            if (position == last) row = (const char*)ring(position, part, group);
-            for (int64_t b = 0; b < a.width * size; b += 64) __builtin_prefetch(row + b, 0, 2);
-        }
+    // Begin to bring the key or value of a position in the ring into the second cache.
+    __attribute__((always_inline)) void fetch(int64_t position, int64_t part, int64_t group) const {
+        if (slot >= 0 && position < first) fetch_rows(ring(position, part, group), 1, a.pool_type, 0, a.width);
     }
 };
 

@@ -5,6 +5,7 @@
 // its rows.
 #pragma once
 #include "packed.h"
+#include "pairs.h"
 
 namespace {
 
@@ -49,59 +50,7 @@ struct Weights {
     }
 };
 
-#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 10)
-#define BF16_PAIRS 1
-#define WITH_PAIRS __attribute__((noinline, target("avx512bf16")))
-
-// total += x W over `depth` inputs, two at a time: acc + first * first', and then + second * second', each rounded once.
-template <int M>
-WITH_PAIRS void tile_pairs(const int32_t* tile, const int32_t* x, int64_t row, int64_t depth, float* total) {
-    __m512 a[M][2];
-#pragma GCC unroll 6
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < 2; i++) a[m][i] = _mm512_loadu_ps(total + (2 * m + i) * W);
-    for (int64_t k = 0; k < depth / 2; k++) {
-        const __m512bh b0 = (__m512bh)_mm512_loadu_si512(tile + k * 2 * W);
-        const __m512bh b1 = (__m512bh)_mm512_loadu_si512(tile + k * 2 * W + W);
-#pragma GCC unroll 6
-        for (int m = 0; m < M; m++) {
-            const __m512bh c = (__m512bh)_mm512_set1_epi32(x[m * row + k]);
-            a[m][0] = _mm512_dpbf16_ps(a[m][0], b0, c);
-            a[m][1] = _mm512_dpbf16_ps(a[m][1], b1, c);
-        }
-    }
-#pragma GCC unroll 6
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < 2; i++) _mm512_storeu_ps(total + (2 * m + i) * W, a[m][i]);
-}
-
-// Whether this processor multiplies pairs of bf16 with the bits of two fused multiply-adds, the first pair first. Tried,
-// not only asked for, as it is said by a manual and not by a flag.
-WITH_PAIRS inline bool try_pairs() {
-    if (!__builtin_cpu_supports("avx512bf16")) return false;
-    uint32_t seed = 1;
-    const auto next = [&] {
-        seed = seed * 1664525 + 1013904223;
-        return (bf16){(uint16_t)(0x3c00 | (seed >> 16 & 0x83ff))};  // of both signs, within some powers of two
-    };
-    for (int i = 0; i < 1000; i++) {
-        const bf16 first[] = {next(), next()}, second[] = {next(), next()};
-        const auto pair = [](bf16 high, bf16 low) { return _mm512_set1_epi32((int)((uint32_t)high.bits << 16 | low.bits)); };
-        const float start = widen(next()) * 1.00001f;
-        const __m512 sum = _mm512_dpbf16_ps(_mm512_set1_ps(start), (__m512bh)pair(first[0], second[0]),
-                                            (__m512bh)pair(first[1], second[1]));
-        const vf once = fma(splat(widen(first[0])), splat(widen(first[1])), splat(start));
-        const vf twice = fma(splat(widen(second[0])), splat(widen(second[1])), once);
-        if (_mm512_cvtss_f32(sum) != twice[0]) return false;
-    }
-    return true;
-}
-
-bool has_pairs() {
-    static const bool has = try_pairs();
-    return has;
-}
-
+#if defined(BF16_PAIRS)
 // Weights in bf16 times inputs in bf16. Sums below 2^-126 become zero here, and only here.
 struct BrainFloats {
     const bf16* base;
@@ -110,21 +59,11 @@ struct BrainFloats {
     BrainFloats at(int64_t n) const { return {base + n, next}; }
     void multiply(const Piece& p) const {
         alignas(64) int32_t tile[MAX_DEPTH * W];
-        for (int64_t k = 0; k < p.depth; k += 2)
-            for (int i = 0; i < 2 * W; i += W)
-                store_int(tile + k * W + i, pairs(base + k * next + i, base + (k + 1) * next + i));
+        for (int64_t k = 0; k < p.depth; k += 2) put_pairs(base + (k + 1) * next, base + k * next, tile + k * W);
         const int64_t row = p.call.stride / 2;
-        const int32_t* x = p.call.pairs + p.row * row + p.k / 2;
-        float* total = p.total;
-        for (int64_t rows = p.rows; rows > 0;) {
-            const int64_t count = rows_of_tile(rows);
-            with_rows(count, [&](auto m) { tile_pairs<m.count>(tile, x, row, p.depth, total); });
-            rows -= count, x += count * row, total += count * 2 * W;
-        }
+        tiles_pairs(p.rows, tile, p.call.pairs + p.row * row + p.k / 2, row, p.depth / 2, p.total, 2 * W);
     }
 };
-#else
-bool has_pairs() { return false; }
 #endif
 
 template <int M, class Source>

@@ -236,11 +236,6 @@ static inline vshorts dot_bytes(vbytes a, vbytes b) {
 #endif
 }
 
-// W pairs of two rows of bf16: the first row's numbers in the upper halves.
-static inline vi pairs(const bf16* first, const bf16* second) {
-    return (vi)load(first) | (((vi)load(second) >> 16) & 0xffff);
-}
-
 // Two rows of 2W int8 as 2W pairs of int16, in an order of lanes that `in_order` undoes.
 static inline void interleave(const int8_t* a, const int8_t* b, vi* low, vi* high) {
 #if defined(__AVX512F__)
@@ -282,12 +277,15 @@ static inline void in_order(vi low, vi high, vi* first, vi* second) {
 #if defined(__AVX512F__)
 #define VECTOR(name) _mm512_##name
 typedef __m512i bits;
+typedef __m512 floats;
 #elif defined(__AVX2__)
 #define VECTOR(name) _mm256_##name
 typedef __m256i bits;
+typedef __m256 floats;
 #elif defined(__SSE2__)
 #define VECTOR(name) _mm_##name
 typedef __m128i bits;
+typedef __m128 floats;
 #endif
 
 // Two rows of 4W bytes as pairs, in an order of lanes that `in_order` undoes for their sums.
@@ -369,12 +367,28 @@ static inline float largest(vf x) {
     return x[0];
 }
 
+// The larger, or smaller, of a number and x; a NaN stays one.
+static inline vf at_least(float least, vf x) {
+#if defined(__SSE2__)
+    return (vf)VECTOR(max_ps)((floats)splat(least), (floats)x);
+#else
+    return x < splat(least) ? splat(least) : x;
+#endif
+}
+
+static inline vf at_most(float most, vf x) {
+#if defined(__SSE2__)
+    return (vf)VECTOR(min_ps)((floats)splat(most), (floats)x);
+#else
+    return x > splat(most) ? splat(most) : x;
+#endif
+}
+
 // e^x within 2 ulp between -87 and 88 and clamped outside, so that it is never 0 or infinite; NaN stays NaN.
 static inline vf exponential(vf x) {
-    x = x < splat(-87.3f) ? splat(-87.3f) : x;
-    x = x > splat(88.3f) ? splat(88.3f) : x;
-    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    vf n = fma(x, splat(1.44269504f), magic) - magic;
+    x = at_most(88.3f, at_least(-87.3f, x));
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, which is in the last bits
+    const vf shifted = fma(x, splat(1.44269504f), magic), n = shifted - magic;
     vf r = fma(n, splat(-0.693359375f), x);
     r = fma(n, splat(2.12194440e-4f), r);
     vf p = splat(1.9875691500e-4f);
@@ -384,9 +398,7 @@ static inline vf exponential(vf x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p, r * r, r) + splat(1.0f);
-    vf whole = n == n ? n : splat(0.0f);
-    vi power = (__builtin_convertvector(whole, vi) + 127) << 23;
-    return p * (vf)power;
+    return p * (vf)(((vi)shifted + 127) << 23);
 }
 
 namespace {

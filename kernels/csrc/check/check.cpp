@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../tile.h"
+#include "../pairs.h"
 
 // The kernels themselves, so that their structs need no second definition.
 namespace linear_file {
@@ -140,35 +140,44 @@ static void check_attention_backward(attention_file::Attention a, int64_t tokens
         for (float x : *found) expect(x == x, "window_attention_backward");
 }
 
-static void check_attention(int64_t tokens, int64_t heads, int64_t groups, int64_t width, int64_t window) {
-    Floats q = random_floats(tokens * heads * width), k = random_floats(tokens * groups * width);
-    Floats v = random_floats(tokens * groups * width), out(tokens * heads * width, NAN);
-    const int64_t capacity = window + 3;
-    Floats pool = random_floats(2 * capacity * 2 * groups * width);
+// Exactly as many bytes as `x` takes in a type.
+static std::vector<char> in_type(const Floats& x, int64_t type) {
+    std::vector<char> bytes(x.size() * (type == F32 ? 4 : 2));
+    narrow_row(x.data(), (int64_t)x.size(), bytes.data(), type);
+    return bytes;
+}
+
+static void check_attention(int64_t tokens, int64_t heads, int64_t groups, int64_t width, int64_t window, int64_t type) {
+    const int64_t capacity = window + 3, num_sinks = type == F32 ? 70 : 0;
+    const auto random = [&](int64_t n) { return in_type(random_floats(n), type); };
+    const auto q = random(tokens * heads * width), k = random(tokens * groups * width), v = random(tokens * groups * width);
+    auto pool = random(2 * capacity * 2 * groups * width), out = in_type(Floats(tokens * heads * width, NAN), type);
     Floats sinks = random_floats(70 * 2 * groups * width);
-    const int64_t starts[] = {0, tokens / 3, tokens}, slots[] = {1, -1}, first[] = {5, capacity + 2};
-    attention_file::Attention a{{q.data(), F32, heads * width},
-                                {k.data(), F32, groups * width},
-                                {v.data(), F32, groups * width},
+    const int64_t starts[] = {0, tokens / 3, tokens}, slots[] = {1, -1}, first[] = {capacity + 2, 5};
+    attention_file::Attention a{{q.data(), type, heads * width},
+                                {k.data(), type, groups * width},
+                                {v.data(), type, groups * width},
                                 nullptr,
                                 starts,
                                 first,
                                 slots,
                                 pool.data(),
-                                F32,
+                                type,
                                 capacity,
                                 out.data(),
                                 0.1f,
                                 sinks.data(),
-                                70,
+                                num_sinks,
                                 heads,
                                 groups,
                                 width,
                                 window,
                                 nullptr};
     attention_file::SYMBOL(LEVEL, window_attention)(&a, 2, 3);
-    for (float x : out) expect(x == x, "window_attention");
-    check_attention_backward(a, tokens);
+    Floats found(tokens * heads * width + W);
+    widen_row(out.data(), type, tokens * heads * width, found.data());
+    for (float x : found) expect(x == x, "window_attention");
+    if (type == F32) check_attention_backward(a, tokens);
 }
 
 static void check_elementwise(int64_t rows, int64_t n) {
@@ -201,11 +210,13 @@ int main() {
         check_recurrent(tokens, 9, 1, 3, 5);
         check_recurrent(tokens, 2, 1, 70, 90);
     }
-    for (int64_t tokens : {0, 1, 150}) {
-        check_attention(tokens, 14, 2, 64, 70);
-        check_attention(tokens, 3, 1, 5, 1);
-        check_attention(tokens, 2, 1, 200, 100);
-    }
+    for (int64_t tokens : {0, 1, 3, 150})
+        for (int64_t type : {F32, BF16}) {
+            check_attention(tokens, 14, 2, 64, 70, type);
+            check_attention(tokens, 3, 1, 5, 1, type);
+            check_attention(tokens, 2, 1, 200, 100, type);
+            check_attention(tokens, 3, 3, 32, 150, type);
+        }
     for (int64_t tokens : {0, 1, 9})
         for (int64_t channels : {1, 64, 300}) check_channels(tokens, channels, 1 + tokens / 3);
     for (int64_t n : {1, 7, 64, 91}) check_elementwise(20, n);
