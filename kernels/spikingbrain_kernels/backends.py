@@ -67,6 +67,7 @@ ANY_DEVICE = ("cpu", "cuda", "meta")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE_LEARNS = ("gated_linear", "window_attention", "swiglu", "rotary")
+TRITON_LEARNS = ("gated_linear",)
 
 # In order of preference.
 BACKENDS = (
@@ -79,7 +80,16 @@ BACKENDS = (
         in_place=True,
         library="library",
     ),
-    Backend("triton", ("cuda",), OPS, ("triton",), "cuda", TRITON_DTYPES, forward_only=OPS, in_place=True),
+    Backend(
+        "triton",
+        ("cuda",),
+        OPS,
+        ("triton",),
+        "cuda",
+        TRITON_DTYPES,
+        forward_only=tuple(op for op in OPS if op not in TRITON_LEARNS),
+        in_place=True,
+    ),
     Backend("fla", ("cuda",), FLA_OPS, ("triton", "fla"), "cuda", TRITON_DTYPES),
     Backend("chunked", ANY_DEVICE, RECURRENT_OPS),
     Backend("reference", ANY_DEVICE, OPS),
@@ -93,15 +103,16 @@ def backends(op: str) -> tuple[Backend, ...]:
     return tuple(backend for backend in BACKENDS if op in backend.ops)
 
 
-def after(name: str, op: str, x: Tensor) -> Op:
-    """What serves `op` on inputs like x, without gradients, were backend `name` and those before it not there."""
-    candidates = backends(op)
+def after(name: str, op: str, *inputs: Tensor) -> Op:
+    """What serves `op` on these inputs were backend `name` and those before it not there."""
+    candidates, wanted = backends(op), _wanted(op, None, inputs)
     rest = candidates[[backend.name for backend in candidates].index(name) + 1 :]
-    return next(backend for backend in rest if backend.missing(x.device.type, x.dtype) is None).load(op)
+    device, dtype, learns = wanted[2:]
+    return next(backend for backend in rest if backend.missing(device, dtype, op if learns else None) is None).load(op)
 
 
 @cache
-def choose(op: str, name: str | None, device: str, dtype: torch.dtype | None, needs_gradients: bool) -> Backend:
+def choose(op: str, name: str | None, device: str, dtype: torch.dtype | None, learns: bool) -> Backend:
     """The named backend of `op`, or the first that can run on such inputs; raises `BackendError` saying why not."""
     candidates = backends(op)
     names = ", ".join(backend.name for backend in candidates)
@@ -109,7 +120,7 @@ def choose(op: str, name: str | None, device: str, dtype: torch.dtype | None, ne
         candidates = tuple(backend for backend in candidates if backend.name == name)
         if not candidates:
             raise BackendError(f"{op} has no backend {name!r}; choose from {names}")
-    reasons = {backend.name: backend.missing(device, dtype, op if needs_gradients else None) for backend in candidates}
+    reasons = {backend.name: backend.missing(device, dtype, op if learns else None) for backend in candidates}
     for backend in candidates:
         if reasons[backend.name] is None:
             return backend
@@ -124,9 +135,9 @@ _FUNCTIONS: dict[str, dict[str, Op]] = {op: {} for op in OPS}
 
 def _choose(wanted: tuple[Any, ...]) -> tuple[Op, bool]:
     if wanted not in _CHOSEN:
-        backend, op, needs_gradients = choose(*wanted), wanted[0], wanted[-1]
+        backend, op, learns = choose(*wanted), wanted[0], wanted[-1]
         _FUNCTIONS[op][backend.name] = backend.load(op)
-        _CHOSEN[wanted] = _FUNCTIONS[op][backend.name], backend.in_place and not needs_gradients
+        _CHOSEN[wanted] = _FUNCTIONS[op][backend.name], backend.in_place and not learns
     return _CHOSEN[wanted]
 
 
@@ -142,10 +153,14 @@ def _in_place(*wanted: Any) -> bool:
     return _choose(wanted)[1]
 
 
+def needs_gradients(*inputs: Any) -> bool:
+    """Whether a backward pass will come to any tensor of `inputs`."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
 def _wanted(op: str, name: str | None, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
     first = inputs[0]
-    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return op, name, "cpu" if first.is_cpu else first.device.type, first.dtype, needs_gradients
+    return op, name, "cpu" if first.is_cpu else first.device.type, first.dtype, needs_gradients(*inputs)
 
 
 def resolve(op: str, name: str | None, *inputs: Tensor) -> Op:

@@ -7,7 +7,7 @@ package that is not here is skipped by name.
 import argparse
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -105,6 +105,7 @@ def _recurrent_calls(length: int, dtype: torch.dtype, device: str) -> dict[str, 
     linear, delta, channels = (q, k, v, decay), (q, k, v, beta, decay[..., :1]), (x, x, channel, channel)
     return {
         "gated_linear": lambda name, cast: gated_linear(*map(cast, linear), scale=scale, backend=name)[0],
+        "gated_linear's gradients": lambda name, cast: gradients([*map(cast, linear)], name),
         "gated_delta": lambda name, cast: gated_delta(*map(cast, delta), scale=scale, backend=name)[0],
         "wkv": lambda name, cast: wkv(*map(cast, channels), backend=name)[0],
         "window_attention": lambda name, cast: window_attention(
@@ -135,9 +136,9 @@ def _bandwidth(size: int = 4 << 30) -> float:
 
 
 def _chunk_rows(length: int) -> list[Row]:
-    """One prompt of one layer: heads in groups, against FLA's kernel with what they share repeated."""
-    q, k, v = (torch.randn(1, length, n, WIDTH, device="cuda", dtype=torch.bfloat16) for n in (HEADS, GROUPS, GROUPS))
-    decay = -torch.rand(1, length, GROUPS, WIDTH, device="cuda")
+    """A prompt of one layer, read and learned from: heads in groups, and FLA on what they share, repeated."""
+    inputs = [torch.randn(1, length, n, WIDTH, device="cuda", dtype=torch.bfloat16) for n in (HEADS, GROUPS, GROUPS)]
+    inputs.append(-torch.rand(1, length, GROUPS, WIDTH, device="cuda"))
     rows: list[Row] = []
     for backend in backends("gated_linear"):
         if "cuda" not in backend.devices or backend.name == "reference":
@@ -145,11 +146,24 @@ def _chunk_rows(length: int) -> list[Row]:
         if any(find_spec(package) is None for package in backend.requires):
             rows.append({"what": f"chunks, {backend.name}: needs {OPTIONAL.get(backend.name, backend.name)}, skipped"})
             continue
-        call = partial(gated_linear, q, k, v, decay, scale=WIDTH**-0.5, backend=backend.name)
-        took = _seconds(call, repeats=10)
-        rows.append({"what": f"chunks, {backend.name}", "tokens": length, "us": took * 1e6})
-    times = {row["what"]: row["us"] for row in rows if "us" in row}
-    return [{**row, "of triton": row["us"] / times["chunks, triton"]} if "us" in row else row for row in rows]
+        calls = {
+            "chunks": partial(gated_linear, *inputs, scale=WIDTH**-0.5, backend=backend.name),
+            "chunks and gradients": partial(gradients, inputs, backend.name),
+        }
+        for what, call in calls.items():
+            rows.append(
+                {"what": what, "backend": backend.name, "tokens": length, "us": _seconds(call, repeats=10) * 1e6}
+            )
+    ours = {row["what"]: row["us"] for row in rows if row.get("backend") == "triton"}
+    return [{**row, "of triton": row["us"] / ours[row["what"]]} if "us" in row else row for row in rows]
+
+
+def gradients(inputs: Sequence[Tensor], backend: str) -> Tensor:
+    """Gradients of `gated_linear`'s inputs where those of its outputs are ones, one after another."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out, _ = gated_linear(*leaves, scale=WIDTH**-0.5, backend=backend)
+        return torch.cat([x.flatten() for x in torch.autograd.grad(out.sum(), leaves)])
 
 
 def _decode_rows(model: Any, batch: int) -> list[Row]:

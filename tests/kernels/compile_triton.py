@@ -64,6 +64,15 @@ def recurrent(dtype, length):
     kernels.short_conv(x, torch.randn(512, 4), backend="triton")
 
 
+def learning(dtype, length):
+    """The gradients of the ops that have them."""
+    q, k, v = (torch.randn(2, length, n, WIDTH).to(dtype).requires_grad_() for n in (HEADS, GROUPS, GROUPS))
+    decay = -torch.rand(2, length, GROUPS, WIDTH)
+    for ragged in ({}, {"mask": torch.ones(2, length).bool()}):
+        out, _ = kernels.gated_linear(q, k, v, decay, scale=1.0, backend="triton", **ragged)
+        out.sum().backward()
+
+
 def others(dtype, length):
     """Products with every kind of weights, and what is done element by element."""
     x, scale, weight = torch.randn(2, length, 512).to(dtype), torch.ones(2, length, 1), torch.ones(512)
@@ -91,6 +100,7 @@ def main() -> int:
         for dtype in (torch.bfloat16, torch.float32):
             for length in (1, 200):
                 recurrent(dtype, length)
+                learning(dtype, length)
                 others(dtype, length)
     largest = {}
     for (name, _), size in compiler.shared.items():

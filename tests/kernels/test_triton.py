@@ -135,6 +135,63 @@ def test_chunks_with_strong_decay_neither_overflow_nor_give_nan():
         assert relative_rms(result, reference) < 1e-5
 
 
+RAGGED = {
+    "rows": {},
+    "packed": {"cu_seqlens": torch.tensor([0, 3, 40, 40, 70])},
+    "masked": {"mask": torch.arange(70)[None] >= 9},
+}
+
+
+def gradients(x, state, weights, backend, **options):
+    leaves = [t.detach().clone().requires_grad_() for t in (*x, state)]
+    results = kernels.gated_linear(*leaves[:4], scale=0.3, state=leaves[4], backend=backend, **options)
+    loss = sum((result * weight).sum() for result, weight in zip(results, weights, strict=True))
+    return torch.autograd.grad(loss, leaves)
+
+
+def assert_gradients_equal(x, state, tolerance=1e-5, **options):
+    q, v = x[0], x[2]
+    weights = torch.randn(*q.shape[:3], v.shape[3]), torch.randn_like(state)
+    found, expected = (gradients(x, state, weights, backend, **options) for backend in PAIR)
+    for own, reference, tensor in zip(found, expected, (*x, state), strict=True):
+        assert own.dtype == tensor.dtype
+        assert relative_rms(own, reference) < tolerance
+
+
+@pytest.mark.parametrize("shape", [(7, 1, 32, 32), (4, 2, 8, 100), (18, 1, 9, 9), (2, 2, 40, 5)], ids=str)
+@pytest.mark.parametrize("length", [1, 37, 100])
+def test_gradients_in_triton_chunks_equal_the_reference(length, shape):
+    assert_gradients_equal(tensors(2, length, *shape), torch.randn(2, *shape[1:]))
+
+
+@pytest.mark.parametrize("ragged", RAGGED)
+def test_gradients_in_triton_chunks_of_ragged_rows_equal_the_reference(ragged):
+    options = {name: value.to(DEVICE) for name, value in RAGGED[ragged].items()}
+    documents = len(options["cu_seqlens"]) - 1 if "cu_seqlens" in options else 1
+    assert_gradients_equal(tensors(1, 70, 4, 2, 16, 16), torch.randn(documents, 2, 16, 16), **options)
+
+
+def test_gradients_in_triton_chunks_of_one_decay_a_head_and_of_strong_ones():
+    q, k, v, decay = tensors(1, 70, 4, 2, 16, 16)
+    state = torch.randn(1, 2, 16, 16)
+    assert_gradients_equal((q, k, v, decay[..., :1]), state)
+    # A decay's gradient is a difference of two that are nearly the same here.
+    assert_gradients_equal((q, k, v, decay * 200), state, tolerance=1e-3)
+
+
+def test_gradients_in_triton_chunks_of_bf16_stay_within_their_tolerance():
+    x = tensors(1, 70, 14, 2, 32, 32, dtype=torch.bfloat16)
+    assert_gradients_equal(x, torch.randn(1, 2, 32, 32), tolerance=1e-2)
+
+
+def test_gradients_in_triton_of_wide_keys_and_of_no_tokens_are_right():
+    assert_gradients_equal(tensors(1, 20, 2, 1, 130, 16), torch.randn(1, 1, 130, 16))
+    q, k, v, decay = tensors(2, 0, 4, 2, 8, 8)
+    state = torch.randn(2, 2, 8, 8, requires_grad=True)
+    _, after = kernels.gated_linear(q, k, v, decay, scale=1.0, state=state, backend="triton")
+    assert torch.equal(torch.autograd.grad(after.sum(), state)[0], torch.ones_like(state))
+
+
 def test_projections_that_lie_side_by_side_need_no_copy():
     joined = torch.randn(2, 37, 8, 8)
     q, k, v = joined.split([4, 2, 2], dim=2)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import after
+from ..backends import after, needs_gradients
 from ..layout import by_token, documents
 from ..library import TYPES, address, library
 from ..slots import Slots, to_update
-from .calls import Tokens, as_wide_as_v, for_tokens, kernel, needs_gradients, starts_of, tokens_of
+from .calls import Tokens, as_wide_as_v, for_tokens, kernel, starts_of, tokens_of
 
 
 class _Attention(ctypes.Structure):

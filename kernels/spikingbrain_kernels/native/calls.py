@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ..backends import needs_gradients
 from ..layout import documents, token_stride
 from ..library import TYPES, address
 
@@ -23,11 +24,6 @@ class Tokens(ctypes.Structure):
 def tokens_of(x: Tensor) -> Tokens:
     """`x [B, T, ...]` as `by_token` gave it."""
     return Tokens(address(x), TYPES[x.dtype], token_stride(x))
-
-
-def needs_gradients(*inputs: Any) -> bool:
-    """Whether a backward pass will come to any of `inputs`."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def kernel(

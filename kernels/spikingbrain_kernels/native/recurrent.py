@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ..backends import needs_gradients
 from ..layout import by_token
 from ..library import address, library
 from ..slots import Slots, to_update
-from .calls import Tokens, as_wide_as_v, for_tokens, kernel, needs_gradients, starts_of, tokens_of
+from .calls import Tokens, as_wide_as_v, for_tokens, kernel, starts_of, tokens_of
 
 # Tokens from one state kept for the backward pass to the next; as in the C sources.
 CHUNK = 16

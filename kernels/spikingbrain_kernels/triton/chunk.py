@@ -5,13 +5,15 @@ between chunks, the scores within a chunk, the outputs. The first two, and the e
 once a group of heads instead of once a head.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..layout import token_stride
-from .rows import FUSED, Blocks, Rows, blocks, empty_output, flat, slot_of, span, within
+from .rows import FUSED, Blocks, Rows, block_span, blocks, empty_output, flat, slot_of, within
 
 CHUNK = 64
 SUB_CHUNK = 16
@@ -21,6 +23,34 @@ STATE_BLOCK = 1024
 MOST_MEMBERS = 8
 # Tiles of wider keys do not fit into a GPU's shared memory.
 LARGEST_KEY = 128
+
+
+class Chunks(NamedTuple):
+    """What the forward and the backward pass compute first.
+
+    `total [B * T, H_kv, K]`: decays summed from a chunk's start. `states [M, H_kv, K, V]`: before each chunk. `keep
+    [M, H_kv, K]`: what a chunk leaves of them. `scores [B * T, H, CHUNK]`: of a token's query with its chunk's keys.
+    The rest are arguments of kernels: which tokens, distances from token to token, shapes, and those of values.
+    """
+
+    total: Tensor
+    states: Tensor
+    keep: Tensor
+    scores: Tensor
+    cut: Blocks
+    place: tuple[Any, ...]
+    strides: dict[str, int]
+    shape: dict[str, int]
+    wide: dict[str, int]
+
+    @property
+    def parts(self) -> int:
+        """Programs for the values of a head."""
+        return triton.cdiv(self.wide["VALUE"], self.wide["VALUE_BLOCK"])
+
+    def given(self, *names: str) -> dict[str, int]:
+        """The arguments of these names."""
+        return {name: {**self.strides, **self.shape, **self.wide}[name] for name in names}
 
 
 def gated_linear_chunks(
@@ -35,54 +65,65 @@ def gated_linear_chunks(
     scale: float,
 ) -> Tensor:
     """`gated_linear` on the states in `slots` of `pool`; tensors by token, see `layout.by_token`."""
-    heads, (groups, key), value = q.shape[2], k.shape[2:], v.shape[3]
+    heads, value = q.shape[2], v.shape[3]
     out = empty_output(v, docs, heads, value)
     if not out.numel():
         return out
-    cut = blocks(docs, CHUNK, q.device)
-    place = (docs.tokens, docs.starts, cut.document, cut.offset, docs.length, docs.num_documents)
-    strides = dict(zip(("q_stride", "k_stride", "v_stride"), map(token_stride, (q, k, v)), strict=True))
-    key_block, width = (max(SUB_CHUNK, triton.next_power_of_2(n)) for n in (key, min(value, VALUE_BLOCK)))
-    shape = {"HEADS": heads, "GROUPS": groups, "KEY": key, "KEY_BLOCK": key_block, "CHUNK": CHUNK}
-    wide = {"VALUE": value, "VALUE_BLOCK": width}
-    parts = triton.cdiv(value, width)
-
-    total = q.new_empty(q.shape[0] * q.shape[1], groups, key, dtype=torch.float32)
-    states = q.new_empty(len(cut.document), groups, key, value, dtype=torch.float32)
-    keep = q.new_empty(len(cut.document), groups, key, dtype=torch.float32)
-    scores = q.new_empty(q.shape[0] * q.shape[1], heads, CHUNK)
-    _updates_kernel[(len(cut.document), groups, parts)](
-        *(k, v, log_decay, total, states, keep, *place, token_stride(log_decay)),
-        **_only(strides, "k_stride", "v_stride"),
-        **_only(shape, "GROUPS", "KEY", "KEY_BLOCK", "CHUNK"),
-        DECAY=log_decay.shape[3],
-        **wide,
-        **FUSED,
-    )
-    _pass_states(docs, cut, states, keep, pool, slots)
-    members = min(MOST_MEMBERS, triton.next_power_of_2(heads // groups))
-    member_parts = triton.cdiv(heads // groups, members)
-    _scores_kernel[(len(cut.document), groups * member_parts, CHUNK // SUB_CHUNK)](
-        *(q, k, total, scores, *place),
-        **_only(strides, "q_stride", "k_stride"),
-        **shape,
-        SUB=SUB_CHUNK,
-        MEMBERS=members,
-        PARTS=member_parts,
-        **FUSED,
-    )
-    _outputs_kernel[(len(cut.document), heads, parts)](
-        *(q, v, total, states, scores, out, scale, *place),
-        **_only(strides, "q_stride", "v_stride"),
-        **shape,
-        **wide,
+    c = chunks_of(docs, q, k, v, log_decay, pool=pool, slots=slots)
+    _outputs_kernel[(len(c.cut.document), heads, c.parts)](
+        *(q, v, c.total, c.states, c.scores, out, scale, *c.place),
+        **c.given("q_stride", "v_stride"),
+        **c.shape,
+        **c.wide,
         **FUSED,
     )
     return out
 
 
-def _only(options: dict[str, int], *names: str) -> dict[str, int]:
-    return {name: options[name] for name in names}
+def chunks_of(
+    docs: Rows, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, pool: Tensor, slots: Tensor | None
+) -> Chunks:
+    """What outputs and gradients are computed from; the states in `slots` of `pool` become those after the tokens."""
+    heads, (groups, key), value = q.shape[2], k.shape[2:], v.shape[3]
+    cut = blocks(docs, CHUNK, q.device)
+    strides = {f"{name}_stride": token_stride(x) for name, x in zip("qkv", (q, k, v), strict=True)}
+    key_block, width = (max(SUB_CHUNK, triton.next_power_of_2(n)) for n in (key, min(value, VALUE_BLOCK)))
+    c = Chunks(
+        total=q.new_empty(q.shape[0] * q.shape[1], groups, key, dtype=torch.float32),
+        states=q.new_empty(len(cut.document), groups, key, value, dtype=torch.float32),
+        keep=q.new_empty(len(cut.document), groups, key, dtype=torch.float32),
+        scores=q.new_empty(q.shape[0] * q.shape[1], heads, CHUNK),
+        cut=cut,
+        place=(docs.tokens, docs.starts, cut.document, cut.offset, docs.length, docs.num_documents),
+        strides=strides,
+        shape={"HEADS": heads, "GROUPS": groups, "KEY": key, "KEY_BLOCK": key_block, "CHUNK": CHUNK},
+        wide={"VALUE": value, "VALUE_BLOCK": width},
+    )
+    _updates_kernel[(len(cut.document), groups, c.parts)](
+        *(k, v, log_decay, c.total, c.states, c.keep, *c.place, token_stride(log_decay)),
+        **c.given("k_stride", "v_stride", "GROUPS", "KEY", "KEY_BLOCK", "CHUNK"),
+        DECAY=log_decay.shape[3],
+        **c.wide,
+        **FUSED,
+    )
+    _pass_states(docs, cut, c.states, c.keep, pool, slots)
+    members = members_of(heads // groups)
+    member_parts = triton.cdiv(heads // groups, members)
+    _scores_kernel[(len(cut.document), groups * member_parts, CHUNK // SUB_CHUNK)](
+        *(q, k, c.total, c.scores, *c.place),
+        **c.given("q_stride", "k_stride"),
+        **c.shape,
+        SUB=SUB_CHUNK,
+        MEMBERS=members,
+        PARTS=member_parts,
+        **FUSED,
+    )
+    return c
+
+
+def members_of(heads: int) -> int:
+    """How many of a group's heads are computed at once."""
+    return min(MOST_MEMBERS, triton.next_power_of_2(heads))
 
 
 def _pass_states(docs: Rows, cut: Blocks, states: Tensor, keep: Tensor, pool: Tensor, slots: Tensor | None) -> None:
@@ -128,11 +169,8 @@ def _updates_kernel(
 ):
     """(k exp(G_end - G))^T v of one chunk, G the decays summed from its start; exp G_end; and G for what follows."""
     block, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    document = tl.load(block_document + block)
-    if document >= num_documents:
-        return
-    start, count = span(document, starts, length)
-    place = tl.load(block_offset + block) + tl.arange(0, CHUNK)
+    start, count = block_span(block, starts, block_document, block_offset, length, num_documents)
+    place = tl.arange(0, CHUNK)
     exists = place < count
     token = flat(start + place, tokens, exists).to(tl.int64)
     keys = tl.arange(0, KEY_BLOCK)
@@ -213,13 +251,8 @@ def _scores_kernel(
     every pair has its own exponential, shared by the heads.
     """
     block, group = tl.program_id(0).to(tl.int64), tl.program_id(1) // PARTS
-    document = tl.load(block_document + block)
-    if document >= num_documents:
-        return
-    start, count = span(document, starts, length)
+    start, count = block_span(block, starts, block_document, block_offset, length, num_documents)
     part = tl.program_id(2)
-    start += tl.load(block_offset + block)
-    count -= tl.load(block_offset + block)
     members = tl.program_id(1) % PARTS * MEMBERS + tl.arange(0, MEMBERS)
     keys, near = tl.arange(0, KEY_BLOCK), tl.arange(0, SUB)
     has_key = keys < KEY
@@ -287,15 +320,11 @@ def _outputs_kernel(
 ):
     """scale * ((q exp G) S + scores v) of one chunk and head."""
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    document = tl.load(block_document + block)
-    if document >= num_documents:
-        return
     group = head // (HEADS // GROUPS)
-    start, count = span(document, starts, length)
+    start, count = block_span(block, starts, block_document, block_offset, length, num_documents)
     index = tl.arange(0, CHUNK)
-    place = tl.load(block_offset + block) + index
-    exists = place < count
-    token = flat(start + place, tokens, exists).to(tl.int64)
+    exists = index < count
+    token = flat(start + index, tokens, exists).to(tl.int64)
     keys = tl.arange(0, KEY_BLOCK)
     values = tl.program_id(2) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
     has_key, has_value = exists[:, None] & (keys < KEY)[None, :], exists[:, None] & (values < VALUE)[None, :]

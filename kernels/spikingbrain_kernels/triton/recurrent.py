@@ -4,10 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import after
+from ..backends import after, needs_gradients
 from ..layout import by_token, token_stride
 from ..slots import Slots, to_update
 from .chunk import CHUNK, LARGEST_KEY, gated_linear_chunks
+from .chunk_backward import LearningChunks
 from .rows import FUSED, UNFUSED, Rows, blocks, empty_output, flat, on_its_device, rows, slot_of, span, within
 
 VALUE_BLOCK = 32
@@ -30,6 +31,11 @@ def gated_linear(
 ) -> tuple[Tensor, Tensor | Slots]:
     """Chunks of tokens, or for short documents the recurrence itself; a group of heads has one state."""
     docs = rows(q, cu_seqlens, mask)
+    if needs_gradients(q, k, v, log_decay, state):
+        if k.shape[3] > LARGEST_KEY:
+            run = after("triton", "gated_linear", q, k, v, log_decay, state)
+            return run(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens, mask=mask)
+        return LearningChunks.apply(docs, *(by_token(x) for x in (q, k, v, log_decay)), state, scale)
     q, k, v, log_decay = (by_token(x) for x in (q, k, v, log_decay))
     state, pool, slots = to_update(state)
     run = _matrix_recurrence if _is_short(docs) or k.shape[3] > LARGEST_KEY else gated_linear_chunks

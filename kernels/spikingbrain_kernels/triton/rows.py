@@ -103,6 +103,16 @@ def span(document, starts, length):
 
 
 @triton.jit
+def block_span(block, starts, block_document, block_offset, length, num_documents):
+    """A block's first token and how many of its document there are from it on: none for a block that is not used."""
+    document = tl.load(block_document + block)
+    used = document < num_documents
+    start, count = span(tl.where(used, document, 0), starts, length)
+    offset = tl.load(block_offset + block)
+    return start + offset, tl.where(used, count - offset, 0)
+
+
+@triton.jit
 def flat(place, tokens, valid):
     """Flat positions of the tokens at `place`."""
     if tokens is not None:
