@@ -38,11 +38,10 @@ class LearningChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, to_out: Tensor, to_state: Tensor) -> tuple[Tensor | None, ...]:
         """Of q, k, v, the decay and the states before."""
-        saved = ctx.saved_tensors
-        found = gated_linear_gradients(
-            *saved, to_out.contiguous(), to_state.contiguous(), docs=ctx.docs, scale=ctx.scale
-        )
-        return None, *(x.to(like.dtype) for x, like in zip(found, saved, strict=True)), None
+        q, k, v, log_decay, state = inputs = ctx.saved_tensors
+        results = to_out.contiguous(), to_state.contiguous()
+        found = gated_linear_gradients(q, k, v, log_decay, state, *results, docs=ctx.docs, scale=ctx.scale)
+        return None, *(x.to(like.dtype) for x, like in zip(found, inputs, strict=True)), None
 
 
 @on_its_device

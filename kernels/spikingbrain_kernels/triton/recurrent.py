@@ -31,7 +31,7 @@ def gated_linear(
 ) -> tuple[Tensor, Tensor | Slots]:
     """Chunks of tokens, or for short documents the recurrence itself; a group of heads has one state."""
     docs = rows(q, cu_seqlens, mask)
-    if needs_gradients(q, k, v, log_decay, state):
+    if isinstance(state, Tensor) and needs_gradients(q, k, v, log_decay, state):
         if k.shape[3] > LARGEST_KEY:
             run = after("triton", "gated_linear", q, k, v, log_decay, state)
             return run(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens, mask=mask)
