@@ -1,7 +1,8 @@
 """Products and decode steps: native kernels against torch and against this machine's own read bandwidth."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,32 +74,34 @@ def _counts(channels: int, silent: float) -> Tensor:
 
 
 def _steps(roof: float, repeats: int) -> list[Row]:
-    """One token of 64 sequences of the 7B shape, states out of cache."""
+    """One token of 64 sequences of the 7B shape, states out of cache; recurrent states are in fp32 for bf16 too."""
     batch, heads, groups, width, window = 64, 28, 4, 128, 1024
-    q, k, v = (torch.randn(batch, 1, n, width) for n in (heads, groups, groups))
     decay, slots = -torch.rand(batch, 1, groups, width), torch.randperm(batch)
     pool, ring = torch.randn(batch, groups, width, width), torch.randn(batch, window, 2, groups, width)
-    positions = torch.full((batch, 1), window)
-    calls = {
-        "gated_linear": lambda state, name: gated_linear(q, k, v, decay, scale=1.0, state=state, backend=name),
-        "window_attention": lambda state, name: window_attention(
-            q, k, v, window=window, positions=positions, state=state, backend=name
-        ),
-    }
-    rows = []
-    for op, state in (("gated_linear", pool), ("window_attention", ring)):
-        call = calls[op]
-        small = Slots(state.clone(), slots)
-        expected = call(small.read(), "reference")[0]
-        error = require_close(op, call(small, "native")[0], expected, 1e-5)
-        moved = state.nbytes * (2 if op == "gated_linear" else 1)
-        for name in ("native", "chunked"):
-            took = seconds(_step(call, small, name), repeats=max(5, repeats // 3))
-            speed = moved / took
-            figures = {"us": took * 1e6, "GB/s": speed / 1e9, "of roof": speed / roof, "error": error}
-            rows.append({"op": f"{op} step, {name}", "shape": f"{batch} sequences of 7B", **figures})
+    positions, shape = torch.full((batch, 1), window), f"{batch} sequences of 7B"
+    rows: list[Row] = []
+    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        q, k, v = (torch.randn(batch, 1, n, width).to(dtype) for n in (heads, groups, groups))
+        linear = partial(gated_linear, q, k, v, decay, scale=1.0)
+        attention = partial(window_attention, q, k, v, window=window, positions=positions)
+        for op, call, state in (("gated_linear", linear, pool), ("window_attention", attention, ring.to(dtype))):
+            moved = state.nbytes * (2 if op == "gated_linear" else 1)
+            for name, took, error in _step(op, call, Slots(state.clone(), slots), TOLERANCE[kind], repeats):
+                speed = moved / took
+                figures = {"us": took * 1e6, "GB/s": speed / 1e9, "of roof": speed / roof, "error": error}
+                rows.append({"op": f"{op} step, {name}", "shape": shape, "inputs": kind, **figures})
     return rows
 
 
-def _step(call: Callable[..., Any], state: Slots, backend: str) -> Callable[[int], Any]:
-    return lambda _: call(state, backend)
+def _step(
+    op: str, call: Callable[..., Any], state: Slots, tolerance: float, repeats: int
+) -> Iterator[tuple[str, float, float]]:
+    """Each backend's name, its time and the native one's error."""
+    expected = call(state=state.read(), backend="reference")[0]
+    error = require_close(op, call(state=state, backend="native")[0], expected, tolerance)
+    for name in ("native", "chunked"):
+        yield name, seconds(_again(call, state, name), repeats=max(5, repeats // 3)), error
+
+
+def _again(call: Callable[..., Any], state: Slots, backend: str) -> Callable[[int], Any]:
+    return lambda _: call(state=state, backend=backend)
