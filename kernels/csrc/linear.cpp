@@ -26,17 +26,17 @@ void widen_counts(const int16_t* x, int64_t in, float* wide) {
     for (int64_t k = in; k < padded(in, W); k++) wide[k] = 0;
 }
 
-// What is known of a row of counts: whether all are whole numbers that fit in 16 bits, how many are zero, and, of those that
-// fit, the sum of their sizes and the largest such sum of a group.
+// What is known of a row of counts: whether all are whole numbers that fit in 16 bits, or in 8, how many are zero, and, of
+// those that fit, the sum of their sizes and the largest such sum of a group.
 struct Activity {
-    bool whole;
+    bool whole, small;
     int64_t silent, total, most;
 };
 
 // x, followed by zeros, and counts, the same in 16 bits, both to the next multiple of W.
 Activity activity_of(const float* x, int64_t in, int16_t* counts) {
-    Activity found{true, in - padded(in, W), 0, 0};
-    vi fits = splat_int(-1), zeros{};
+    Activity found{true, true, in - padded(in, W), 0, 0};
+    vi fits = splat_int(-1), zeros{}, large{};
     for (int64_t group = 0; group < in; group += GROUP) {
         vi sizes{};
         for (int64_t k = group; k < smaller(in, group + GROUP); k += W) {
@@ -47,7 +47,9 @@ Activity activity_of(const float* x, int64_t in, int16_t* counts) {
             memcpy(counts + k, &small, sizeof small);
             fits &= to_float(number) == value;
             zeros -= value == vf{};
-            sizes += number < 0 ? -number : number;
+            const vi size = number < 0 ? -number : number;
+            sizes += size;
+            large |= size;
         }
         const int64_t size = sum(sizes);
         found.total += size;
@@ -55,6 +57,7 @@ Activity activity_of(const float* x, int64_t in, int16_t* counts) {
     }
     found.silent += sum(zeros);
     found.whole = !any(~fits);
+    found.small = !any(large & ~127);
     return found;
 }
 
@@ -84,13 +87,13 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
     if (rows == 0 || w->out == 0) return;
     const int64_t in = w->in, stride = padded(in, W);
     const bool integers = counts && w->kind == INT8;
-    const bool halves = w->kind == HALF && x_type == BF16 && rows > FEW_ROWS && in % 2 == 0 && has_pairs();
-    const bool as_is = x_type == F32 && stride == in;
+    const bool halves = w->kind != FP32 && !integers && x_type == BF16 && rows > FEW_ROWS && in % 2 == 0 && has_pairs();
+    const bool as_is = x_type == F32 && stride == in, bytes = HAS_QUADS && integers && rows > FEW_ROWS;
     Buffer<float> wide(as_is || halves ? 0 : rows * stride);
     const float* floats = as_is ? (const float*)x : wide.data;
     Buffer<Activity> activity(rows);
     Buffer<int16_t> small(integers ? rows * stride : 0);
-    Buffer<int32_t> pairs(halves ? rows * stride / 2 : 0);
+    Buffer<int32_t> pairs(halves ? rows * stride / 2 : 0), quads(bytes ? rows * stride / 4 : 0);
 #pragma omp parallel for num_threads(threads) if (rows > 8)
     for (int64_t row = 0; row < rows; row++) {
         float* own = wide.data + row * stride;
@@ -101,11 +104,15 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
         else if (!as_is)
             widen_row(at(x, x_type, row * in), x_type, in, own);
         if (integers) activity.data[row] = activity_of(floats + row * stride, in, small.data + row * stride);
+        if (bytes) to_quads(small.data + row * stride, stride, quads.data + row * stride / 4);
     }
-    bool all_whole = integers;
-    for (int64_t row = 0; integers && row < rows; row++) all_whole &= activity.data[row].whole;
-    Call call{*w, floats, all_whole ? small.data : nullptr, halves ? pairs.data : nullptr,
-              token_scale, bias, out, out_type, rows, stride};
+    bool all_whole = integers, all_small = bytes;
+    for (int64_t row = 0; integers && row < rows; row++) {
+        all_whole &= activity.data[row].whole;
+        all_small &= activity.data[row].small;
+    }
+    Call call{*w, floats, all_whole ? small.data : nullptr, all_small ? quads.data : nullptr,
+              halves ? pairs.data : nullptr, token_scale, bias, out, out_type, rows, stride};
     // Rows whose counts do not fit go alone, so that they change nothing for the others.
     const bool apart = rows == 1 || (integers && !all_whole), sparse = counts && rows <= MAX_SPARSE_ROWS;
     Buffer<Reading> readings(rows);

@@ -51,9 +51,11 @@ struct Weights {
 };
 
 #if defined(BF16_PAIRS)
-// Weights in bf16 times inputs in bf16. Sums below 2^-126 become zero here, and only here.
+// Weights as bf16, in which codes are exact, times inputs in bf16. Sums below 2^-126 become zero here, and only here.
+template <class T>
 struct BrainFloats {
-    const bf16* base;
+    typedef float Acc;
+    const T* base;
     int64_t next;
 
     BrainFloats at(int64_t n) const { return {base + n, next}; }
@@ -102,6 +104,53 @@ void multiply_counts(const Piece& p, const Source weights) {
     }
 }
 
+#if defined(__AVX512F__)
+#define BYTE_QUADS 1
+constexpr bool HAS_QUADS = true;
+constexpr int32_t OFFSET = (int32_t)0x80808080;  // added to the four bytes of counts, which are multiplied unsigned
+
+// Four inputs in bytes, of two pairs of 16 bits that hold no more: the first, third, second and fourth.
+vi quads_of(vi first, vi second) { return (first & 0xff00ff) | ((second & 0xff00ff) << 8); }
+
+vi dot_quads(vi acc, vi counts, vi codes) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)counts, (__m512i)codes); }
+
+// Counts from -128 to 127 of a row of `stride` inputs as quads, with their offset.
+void to_quads(const int16_t* counts, int64_t stride, int32_t* quads) {
+    for (int64_t k = 0; k < stride; k += 16) {
+        const __m256i pairs = _mm256_loadu_si256((const __m256i*)(counts + k));
+        const __m256i first = _mm256_and_si256(pairs, _mm256_set1_epi64x(0xff00ff));
+        const __m256i second = _mm256_and_si256(_mm256_srli_epi64(pairs, 24), _mm256_set1_epi64x(0xff00ff00));
+        const __m128i bytes = _mm256_cvtepi64_epi32(_mm256_or_si256(first, second));
+        _mm_storeu_si128((__m128i*)(quads + k / 4), _mm_xor_si128(bytes, _mm_set1_epi32(OFFSET)));
+    }
+}
+
+// A tile of M rows and 2W outputs over `depth` quads; `excess`: what the offset of the counts adds to each output.
+template <int M>
+__attribute__((noinline)) void tile_quads(const int32_t* tile, const vi* excess, const int32_t* x, int64_t row, int64_t depth,
+                                          int32_t* total) {
+    vi a[M][2];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < 2; i++) a[m][i] = load_int(total + (2 * m + i) * W) - excess[i];
+    for (int64_t k = 0; k < depth; k++) {
+        const vi b0 = load_int(tile + k * 2 * W), b1 = load_int(tile + k * 2 * W + W);
+#pragma GCC unroll 6
+        for (int m = 0; m < M; m++) {
+            const vi c = splat_int(x[m * row + k]);
+            a[m][0] = dot_quads(a[m][0], c, b0);
+            a[m][1] = dot_quads(a[m][1], c, b1);
+        }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < 2; i++) store_int(total + (2 * m + i) * W, a[m][i]);
+}
+#else
+constexpr bool HAS_QUADS = false;
+void to_quads(const int16_t*, int64_t, int32_t*) {}
+#endif
+
 // Pairs of codes, [depth / 2][2W pairs].
 struct Pairs {
     const int32_t* base;
@@ -126,6 +175,9 @@ struct Codes {
     }
     void multiply(const Piece& p) const {
         if (p.rows <= FEW_ROWS) return multiply_counts(p, *this);
+#if defined(BYTE_QUADS)
+        if (p.call.quads) return multiply_quads(p);
+#endif
         alignas(64) int32_t pairs[GROUP * W];
         for (int64_t k = 0; k < p.depth; k += 2) {
             vi low, high;
@@ -135,6 +187,30 @@ struct Codes {
         }
         multiply_counts(p, Pairs{pairs});
     }
+#if defined(BYTE_QUADS)
+    void multiply_quads(const Piece& p) const {
+        alignas(64) int32_t tile[GROUP / 4 * 2 * W];
+        vi excess[2] = {};
+        for (int64_t k = 0; k < p.depth; k += 4) {
+            vi first[2], second[2] = {};
+            pair(k, p.depth, &first[0], &first[1]);
+            if (k + 2 < p.depth) pair(k + 2, p.depth, &second[0], &second[1]);
+            for (int i = 0; i < 2; i++) {
+                const vi codes = quads_of(first[i], second[i]);
+                store_int(tile + (k / 2 + i) * W, codes);
+                excess[i] = dot_quads(excess[i], splat_int(OFFSET), codes);
+            }
+        }
+        const int64_t stride = p.call.stride / 4, depth = (p.depth + 3) / 4;
+        const int32_t* x = p.call.quads + p.row * stride + p.k / 4;
+        int32_t* total = (int32_t*)p.total;
+        for (int64_t rows = p.rows; rows > 0;) {
+            const int64_t count = rows_of_tile(rows);
+            with_rows(count, [&](auto m) { tile_quads<m.count>(tile, excess, x, stride, depth, total); });
+            rows -= count, x += count * stride, total += count * 2 * W;
+        }
+    }
+#endif
 };
 
 // int8 weights, of floats or of counts, with a scale for each output: what is added up over a group is scaled at its end.
@@ -204,7 +280,7 @@ void multiply_halves(const Piece& p, const Columns& c, int64_t most) {
 #if defined(BF16_PAIRS)
     if (p.call.pairs) {
         const Block<bf16> block = block_at<bf16>(p, c, most);
-        return block.multiply(p, BrainFloats{block.base, c.stride});
+        return block.multiply(p, BrainFloats<bf16>{block.base, c.stride});
     }
 #endif
     multiply_floats<bf16>(p, c, most);
@@ -215,6 +291,10 @@ void multiply_int8(const Piece& p, const Columns& c, int64_t most, Scratch& scra
     const Block<int8_t> block = block_at<int8_t>(p, c, most);
     const float* scale = w.scale + p.k / GROUP * padded(w.out, UNIT) + c.first;
     float* sums = scratch.sums.data;
+#if defined(BF16_PAIRS)
+    if (p.call.pairs)
+        return block.multiply(p, Scaled<BrainFloats<int8_t>>{{block.base, c.stride}, scale, sums, p.rows});
+#endif
     if (p.call.counts)
         block.multiply(p, Scaled<Codes>{{block.base, c.stride}, scale, sums, p.rows});
     else

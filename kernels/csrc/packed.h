@@ -20,6 +20,7 @@ struct Call {
     const Packed& w;
     const float* x;         // [rows, stride], unless `pairs` are read
     const int16_t* counts;  // [rows, stride], or null: no integer path
+    const int32_t* quads;   // [rows, stride / 4], four counts in bytes, see `quads_of`; or null
     const int32_t* pairs;   // [rows, stride / 2], two inputs in bf16, the first in the upper half; or null
     const float* token_scale;
     const float* bias;

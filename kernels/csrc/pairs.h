@@ -14,12 +14,17 @@ struct Places {
     }
 };
 
-// Two rows of 2W bf16 as 2W pairs.
+// Two rows of 2W bf16, or of codes as such, as 2W pairs.
 static inline void put_pairs(const bf16* lower, const bf16* upper, int32_t* pairs) {
     static constexpr Places PLACES;
     const __m512i a = _mm512_loadu_si512(lower), b = _mm512_loadu_si512(upper);
     _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(a, _mm512_load_si512(PLACES.low), b));
     _mm512_storeu_si512(pairs + W, _mm512_permutex2var_epi16(a, _mm512_load_si512(PLACES.high), b));
+}
+
+static inline void put_pairs(const int8_t* lower, const int8_t* upper, int32_t* pairs) {
+    for (int i = 0; i < 2 * W; i += W)
+        store_int(pairs + i, (vi)load(upper + i) | (((vi)load(lower + i) >> 16) & 0xffff));
 }
 
 // A tile of M rows and 2W outputs: total += x W over `depth` pairs of inputs, those of a row `row` pairs after the last

@@ -67,12 +67,17 @@ def test_large_counts_of_channels_that_all_fire_are_exact_integers_too(largest):
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("largest", [1, 63, 64, 127, 128, 5000])
 @pytest.mark.parametrize("silent", [0.5, 0.9])
-def test_products_with_the_extreme_codes_are_exact_for_counts_of_any_size(silent, largest):
-    # Sums of four products of codes and counts of up to 63 are kept in 16 bits, larger counts are several.
+@pytest.mark.parametrize("rows", [1, 40])
+def test_products_with_the_extreme_codes_are_exact_for_counts_of_any_size(rows, silent, largest):
+    # Of one row, sums of four products of codes and counts of up to 63 are kept in 16 bits, larger counts are several;
+    # of many rows, counts of up to 127 are bytes.
     codes = torch.randint(-128, 128, (200, 300)).to(torch.int8)
     codes[::3], codes[1::3, ::2] = -128, 127
-    packed, scale = pack_codes(codes, torch.rand(200, 3)), torch.ones(1, 1)
-    for counts in (spikes(1, 300, silent=silent, largest=largest), spikes(1, 300, silent=silent).sign() * -largest):
+    packed, scale = pack_codes(codes, torch.rand(200, 3)), torch.ones(rows, 1)
+    for counts in (
+        spikes(rows, 300, silent=silent, largest=largest),
+        spikes(rows, 300, silent=silent).sign() * -largest,
+    ):
         out = spike_linear(counts, scale, packed, backend="native")
         assert torch.equal(out, spike_linear(counts, scale, packed, backend="reference"))
 
