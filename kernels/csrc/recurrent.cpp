@@ -122,12 +122,14 @@ void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first,
         }
 }
 
+int64_t slices_of(const Recurrence& r) { return (r.value + SLICE - 1) / SLICE; }
+
 // Columns `first .. first + width` of a document's state for one group of heads.
 struct Slice {
     int64_t document, group, first, width;
 
     Slice(const Recurrence& r, int64_t number) {
-        const int64_t slices = (r.value + SLICE - 1) / SLICE;
+        const int64_t slices = slices_of(r);
         document = number / slices / r.groups, group = number / slices % r.groups, first = number % slices * SLICE;
         width = r.value - first < SLICE ? r.value - first : SLICE;
     }
@@ -258,7 +260,7 @@ struct Backward {
 
 // Updates the states in `pool` and writes `out [tokens, heads, value]`, in q's type, for every token of a document.
 EXPORT(gated_linear)(const Recurrence* r, int64_t documents, int64_t threads) {
-    const int64_t tasks = documents * r->groups * ((r->value + SLICE - 1) / SLICE);
+    const int64_t tasks = documents * r->groups * slices_of(*r);
     const int64_t steps = r->starts[documents] * r->groups * r->key * r->value;
 #pragma omp parallel for num_threads(threads) schedule(static) if (steps > ALONE)
     for (int64_t task = 0; task < tasks; task++)
