@@ -87,7 +87,11 @@ class GatheredEncoder(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None = None, **context: Any) -> Spikes:
         """`x [B, T, C / ranks]` -> spikes of all C channels, the same on every rank."""
-        return self.encoder(tensor_model_parallel_all_gather(x), state, **context)
+        if not x.numel():  # an expert without a token, on every rank: vLLM's gathering on a CPU would divide by zero
+            x = x.new_empty(*x.shape[:-1], x.shape[-1] * get_tensor_model_parallel_world_size())
+        else:
+            x = tensor_model_parallel_all_gather(x)
+        return self.encoder(x, state, **context)
 
 
 def make_parallel(block: MixerBlock, quant: SpikeInt8Config | None, name: str) -> dict[str, Piece]:
