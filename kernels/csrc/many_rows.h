@@ -97,11 +97,9 @@ void multiply_counts(const Piece& p, const Source weights) {
     const int64_t stride = p.call.stride;
     const int16_t* counts = p.call.counts + p.row * stride + p.k;
     int32_t* total = (int32_t*)p.total;
-    for (int64_t rows = p.rows; rows > 0;) {
-        const int64_t count = rows_of_tile(rows);
-        with_rows(count, [&](auto m) { tile_counts<m.count>(weights, counts, stride, p.depth, total); });
-        rows -= count, counts += count * stride, total += count * 2 * W;
-    }
+    each_tile(p.rows, [&](auto m, int64_t n) {
+        tile_counts<m.count>(weights, counts + n * stride, stride, p.depth, total + n * 2 * W);
+    });
 }
 
 #if defined(__AVX512F__)
@@ -204,11 +202,9 @@ struct Codes {
         const int64_t stride = p.call.stride / 4, depth = (p.depth + 3) / 4;
         const int32_t* x = p.call.quads + p.row * stride + p.k / 4;
         int32_t* total = (int32_t*)p.total;
-        for (int64_t rows = p.rows; rows > 0;) {
-            const int64_t count = rows_of_tile(rows);
-            with_rows(count, [&](auto m) { tile_quads<m.count>(tile, excess, x, stride, depth, total); });
-            rows -= count, x += count * stride, total += count * 2 * W;
-        }
+        each_tile(p.rows, [&](auto m, int64_t n) {
+            tile_quads<m.count>(tile, excess, x + n * stride, stride, depth, total + n * 2 * W);
+        });
     }
 #endif
 };

@@ -53,14 +53,12 @@ WITH_PAIRS static void tile_pairs(const int32_t* tile, const int32_t* x, int64_t
         for (int i = 0; i < 2; i++) _mm512_storeu_ps(total + m * stride + i * W, a[m][i]);
 }
 
-// The same for any number of rows.
+// `tile_pairs` for any number of rows.
 static inline void tiles_pairs(int64_t rows, const int32_t* tile, const int32_t* x, int64_t row, int64_t depth, float* total,
                                int64_t stride) {
-    while (rows > 0) {
-        const int64_t count = rows_of_tile(rows);
-        with_rows(count, [&](auto m) { tile_pairs<m.count>(tile, x, row, depth, total, stride); });
-        rows -= count, x += count * row, total += count * stride;
-    }
+    each_tile(rows, [&](auto m, int64_t n) {
+        tile_pairs<m.count>(tile, x + n * row, row, depth, total + n * stride, stride);
+    });
 }
 
 // Whether this processor multiplies pairs of bf16 with the bits of two fused multiply-adds, the first pair first. Tried,

@@ -44,15 +44,22 @@ static inline void with_rows(int64_t rows, const Tile& tile) {
     tile(Rows<M>());
 }
 
-// The same for any number of rows.
+// Calls tile(Rows<count>(), row) for all rows, several at once, from `row` on.
+template <class Tile>
+static inline void each_tile(int64_t rows, const Tile& tile) {
+    for (int64_t row = 0, count; row < rows; row += count) {
+        count = rows_of_tile(rows - row);
+        with_rows(count, [&](auto m) { tile(m, row); });
+    }
+}
+
+// `tile_of` for any number of rows.
 template <class T>
 static inline void tiles_of(int64_t rows, const T* w, int64_t next, const float* x, int64_t row, int64_t step,
                             int64_t depth, float* total, int64_t stride) {
-    while (rows > 0) {
-        const int64_t count = rows_of_tile(rows);
-        with_rows(count, [&](auto m) { tile_of<m.count>(w, next, x, row, step, depth, total, stride); });
-        rows -= count, x += count * row, total += count * stride;
-    }
+    each_tile(rows, [&](auto m, int64_t n) {
+        tile_of<m.count>(w, next, x + n * row, row, step, depth, total + n * stride, stride);
+    });
 }
 
 // The same for inputs and weights without gaps.

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..slots import to_update
 from .chunk import CHUNK, STATE_BLOCK, SUB_CHUNK, Chunks, chunks_of, gated_linear_chunks, members_of
 from .rows import FUSED, Rows, block_span, flat, on_its_device, within
 
@@ -31,8 +32,8 @@ class LearningChunks(torch.autograd.Function):
         """The outputs and the states after the tokens."""
         ctx.save_for_backward(q, k, v, log_decay, state)
         ctx.docs, ctx.scale = docs, scale
-        after = state.clone(memory_format=torch.contiguous_format)
-        return gated_linear_chunks(docs, q, k, v, log_decay, pool=after, slots=None, scale=scale), after
+        _, after, slots = to_update(state)
+        return gated_linear_chunks(docs, q, k, v, log_decay, pool=after, slots=slots, scale=scale), after
 
     @staticmethod
     @once_differentiable
@@ -66,7 +67,8 @@ def gated_linear_gradients(
     found = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v, log_decay)]
     if not to_out.numel():
         return found[0], found[1], found[2], found[3], to_state.clone()
-    c = chunks_of(docs, q, k, v, log_decay, pool=state.clone(memory_format=torch.contiguous_format), slots=None)
+    _, pool, slots = to_update(state)
+    c = chunks_of(docs, q, k, v, log_decay, pool=pool, slots=slots)
     changes, first = _changes(docs, c, q, to_out, to_state, scale)
     slopes = q.new_empty(c.scores.shape, dtype=torch.float32)
     ends = c.keep.new_empty(*c.keep.shape[:2], CHUNK // SUB_CHUNK, c.keep.shape[2])
