@@ -1,11 +1,15 @@
-"""What all tests share: seeds, quiet uninitialised memory, and the one way errors are measured."""
+"""What all tests share: seeds, quiet uninitialised memory, the one way errors are measured, native kernels by level."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from spikingbrain_kernels import library as native
 
 
 def relative_rms(value: Tensor, reference: Tensor) -> float:
@@ -25,6 +29,25 @@ class Asks(TorchDispatchMode):
         if any(name in function.__name__ for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
             self.found.append(function.__name__)
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def at_level(name: str) -> Iterator[None]:
+    """Native kernels are those of one instruction set."""
+    before, native.LEVELS = native.LEVELS, (name,)
+    native.library.cache_clear()
+    try:
+        yield
+    finally:
+        native.LEVELS = before
+        native.library.cache_clear()
+
+
+@pytest.fixture(params=native.levels() if native.missing() is None else [])
+def level(request):
+    """Every level this processor has, in turn, as the best one."""
+    with at_level(request.param):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,17 @@
-"""Where each backend is tested: GPU kernels on a GPU, or on the CPU if Triton runs them in its interpreter."""
+"""Where each backend is tested: GPU kernels on a GPU, or on the CPU if Triton interprets them; chunks and threads."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 
 import torch
+from torch import Tensor
 
-backends, native = (import_module(f"spikingbrain_kernels.{name}") for name in ("backends", "library"))
+backends = import_module("spikingbrain_kernels.backends")
+
+Op = Callable[[Sequence[Tensor], int, Tensor], tuple[Tensor, Tensor]]
 
 
 def _repair_bf16() -> None:
@@ -50,12 +53,28 @@ def device_of(backend: str | None) -> str:
 
 
 @contextmanager
-def at_level(name: str) -> Iterator[None]:
-    """Native kernels are those of one instruction set."""
-    before, native.LEVELS = native.LEVELS, (name,)
-    native.library.cache_clear()
+def threads(count: int) -> Iterator[None]:
+    """Native kernels use so many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        native.LEVELS = before
-        native.library.cache_clear()
+        torch.set_num_threads(before)
+
+
+def assert_no_bit_depends_on(cuts: Sequence[tuple[int, Sequence[int]]], op: Op, x: Sequence[Tensor], state: Tensor):
+    """`op(tokens of x, their first one's place, state)` gives the same in chunks of any sizes on any number of threads.
+
+    `cuts` are numbers of threads and sizes of chunks.
+    """
+    whole = op(x, 0, state)
+    for count, sizes in cuts:
+        outs, after, start = [], state, 0
+        with threads(count):
+            for size in sizes:
+                out, after = op([t[:, start : start + size] for t in x], start, after)
+                outs.append(out)
+                start += size
+        assert torch.equal(torch.cat(outs, 1), whole[0])
+        assert torch.equal(after, whole[1])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import relative_rms
+from devices import threads
 from test_ops import inputs, state_of
 
 from spikingbrain_kernels import Slots, gated_linear
@@ -63,11 +64,10 @@ def test_packed_documents_and_masked_tokens_have_the_reference_s_gradients():
 
 
 def test_threads_change_no_bit_of_gradients():
-    threads, tensors, state = torch.get_num_threads(), inputs("gated_linear", 3, 50), state_of("gated_linear", 3)
-    try:
-        runs = [(torch.set_num_threads(n), run(tensors, state, "native"))[1] for n in (1, 2, 3)]
-    finally:
-        torch.set_num_threads(threads)
+    tensors, state, runs = inputs("gated_linear", 3, 50), state_of("gated_linear", 3), []
+    for count in (1, 2, 3):
+        with threads(count):
+            runs.append(run(tensors, state, "native"))
     for other in runs[1:]:
         assert all(torch.equal(*pair) for pair in zip(runs[0], other, strict=True))
 

@@ -4,8 +4,8 @@ import ctypes
 
 import pytest
 import torch
-from conftest import relative_rms
-from devices import at_level
+from conftest import at_level, relative_rms
+from devices import threads
 
 from spikingbrain_kernels import BackendError, linear, pack, pack_codes, spike_linear
 from spikingbrain_kernels.library import levels, library, missing
@@ -16,13 +16,6 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=f"native {missing(
 
 # The last has so many inputs that threads share them instead of its outputs.
 SIZES = [(1, 1), (70, 130), (600, 300), (64, 129), (200, 2100)]
-
-
-@pytest.fixture(params=levels() if missing() is None else [])
-def level(request):
-    """Every level this processor has, in turn, as the best one."""
-    with at_level(request.param):
-        yield
 
 
 def spikes(*shape, silent=0.7, largest=9):
@@ -113,15 +106,11 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(inp
     whole = product(0, 512)
     for size in (1, 2, 5, 6, 7, 24, 25, 31, 257, 511):
         assert torch.equal(product(100, min(512, 100 + size)), whole[100 : 100 + size])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 4, 5):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3, 4, 5):
+        with threads(count):
             assert torch.equal(product(0, 512), whole)
             for last in (8, 9, 20):
                 assert torch.equal(product(7, last), whole[7:last])
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_integer_results_are_the_same_at_every_level():

@@ -3,34 +3,29 @@
 import pytest
 import torch
 from conftest import relative_rms
-from devices import at_level
+from devices import assert_no_bit_depends_on
 
-from spikingbrain_kernels import Slots, gated_delta, lif_scan, short_conv, wkv
-from spikingbrain_kernels.library import levels, missing
+from spikingbrain_kernels import Slots, gated_delta, gated_linear, lif_scan, short_conv, wkv
+from spikingbrain_kernels.library import missing
 
 pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=f"native {missing()}"),
     pytest.mark.usefixtures("level"),
 ]
 
-OPS = ("gated_delta", "wkv", "lif_scan, soft", "lif_scan, hard", "short_conv", "short_conv of one tap")
+OPS = ("gated_linear", "gated_delta", "wkv", "lif_scan, soft", "lif_scan, hard", "short_conv", "short_conv of one tap")
 SIZES = {"usual": (14, 2, 64, 64), "huge": (2, 1, 260, 300), "odd": (9, 3, 3, 5), "one": (1, 1, 1, 1)}
-
-
-@pytest.fixture(params=levels() if missing() is None else [])
-def level(request):
-    """Every level this processor has, in turn, as the best one."""
-    with at_level(request.param):
-        yield
 
 
 def inputs(op, batch, length, size=(4, 2, 8, 8), dtype=torch.float32):
     """What `op` reads, its weights and a state; channels are as many as a value has elements."""
     heads, groups, key, value = size
     channels = groups * value
-    if op == "gated_delta":
+    if op in ("gated_linear", "gated_delta"):
         q, k = (torch.randn(batch, length, n, key).to(dtype) for n in (heads, groups))
         v = torch.randn(batch, length, groups, value).to(dtype)
+        if op == "gated_linear":
+            return [q, k, v, -torch.rand(batch, length, groups, key) * 2], [], torch.randn(batch, groups, key, value)
         k = torch.nn.functional.normalize(k, dim=-1)
         beta, decay = torch.rand(batch, length, groups, 1).to(dtype), -torch.rand(batch, length, groups, 1) * 2
         return [q, k, v, beta, decay], [], torch.randn(batch, groups, key, value)
@@ -46,6 +41,8 @@ def inputs(op, batch, length, size=(4, 2, 8, 8), dtype=torch.float32):
 
 
 def call(op, x, weights, state, backend="native"):
+    if op == "gated_linear":
+        return gated_linear(*x, scale=0.3, state=state, backend=backend)
     if op == "gated_delta":
         return gated_delta(*x, scale=0.3, state=state, backend=backend)
     if op == "wkv":
@@ -86,23 +83,8 @@ def test_no_tokens_leave_the_states_as_they_were(op):
 @pytest.mark.parametrize("op", OPS)
 def test_chunks_and_threads_change_no_bit(op, dtype):
     x, weights, first = inputs(op, 2, 150, SIZES["usual"], dtype)
-
-    def run(sizes):
-        state, outs, start = first, [], 0
-        for size in sizes:
-            out, state = call(op, [t[:, start : start + size] for t in x], weights, state)
-            outs.append(out)
-            start += size
-        return torch.cat(outs, 1), state
-
-    whole, threads = run([150]), torch.get_num_threads()
-    try:
-        for count, sizes in ((1, [1] * 150), (3, [64, 64, 22]), (5, [149, 1])):
-            torch.set_num_threads(count)
-            for part, expected in zip(run(sizes), whole, strict=True):
-                assert torch.equal(part, expected)
-    finally:
-        torch.set_num_threads(threads)
+    cuts = [(1, [1] * 150), (3, [64, 64, 22]), (5, [149, 1])]
+    assert_no_bit_depends_on(cuts, lambda part, _, state: call(op, part, weights, state), x, first)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import relative_rms
-from devices import at_level
+from devices import assert_no_bit_depends_on
 
-from spikingbrain_kernels import window_attention
-from spikingbrain_kernels.library import levels, missing
+from spikingbrain_kernels import Slots, window_attention
+from spikingbrain_kernels.library import missing
 
 pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=f"native {missing()}"),
@@ -14,26 +14,21 @@ pytestmark = [
 ]
 
 WINDOW, CAPACITY, LENGTH = 151, 197, 330
+# Of a decode step the blocks of 64 keys that lie whole in the ring are read there: of 192 places all but the newest.
+RINGS = [(CAPACITY, WINDOW), (192, 150), (70, 67)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-@pytest.fixture(params=levels() if missing() is None else [])
-def level(request):
-    """Every level this processor has, in turn, as the best one."""
-    with at_level(request.param):
-        yield
-
-
-def inputs(dtype, heads=14, groups=2, width=64, length=LENGTH):
+def inputs(dtype, heads=14, groups=2, width=64, length=LENGTH, capacity=CAPACITY):
     """q, k and v, and the ring of tokens before them."""
     qkv = [torch.randn(2, length, n, width).to(dtype) for n in (heads, groups, groups)]
-    return qkv, torch.randn(2, CAPACITY, 2, groups, width).to(dtype)
+    return qkv, torch.randn(2, capacity, 2, groups, width).to(dtype)
 
 
-def attend(qkv, ring, first=0, backend="native", **options):
+def attend(qkv, ring, first=0, backend="native", window=WINDOW, **options):
     positions = torch.arange(first, first + qkv[0].shape[1]).expand(2, -1)
-    return window_attention(*qkv, window=WINDOW, positions=positions, state=ring, backend=backend, **options)
+    return window_attention(*qkv, window=window, positions=positions, state=ring, backend=backend, **options)
 
 
 @pytest.mark.parametrize(("heads", "groups", "width"), [(14, 2, 64), (3, 3, 32), (13, 1, 96), (2, 1, 256), (4, 2, 40)])
@@ -47,27 +42,32 @@ def test_any_size_equals_the_reference(dtype, length, heads, groups, width):
     assert torch.equal(after.double(), last)
 
 
-@pytest.mark.parametrize("first", [0, 1000])
+@pytest.mark.parametrize("window", [1, 70, 10**18])
+@pytest.mark.parametrize("num_sinks", [0, 1, 70])
 @DTYPES
-def test_chunks_and_threads_change_no_bit(dtype, first):
-    qkv, before = inputs(dtype)
-    whole, threads = attend(qkv, before, first), torch.get_num_threads()
+def test_any_window_and_sinks_equal_the_reference(dtype, num_sinks, window):
+    qkv, _ = inputs(dtype, 4, 2, 12, 150)
+    sinks = torch.randn(num_sinks, 2, 2, 12) if num_sinks else None
+    results = [attend(qkv, None, window=window, sinks=sinks, backend=name)[0] for name in ("native", "reference")]
+    assert relative_rms(*results) < TOLERANCE[dtype]
 
-    def run(sizes):
-        ring, outs, start = before, [], 0
-        for size in sizes:
-            out, ring = attend([x[:, start : start + size] for x in qkv], ring, first + start)
-            outs.append(out)
-            start += size
-        return torch.cat(outs, 1), ring
 
-    try:
-        for count, sizes in ((1, [1] * LENGTH), (2, [3] * (LENGTH // 3)), (3, [129, 64, 137]), (5, [LENGTH - 1, 1])):
-            torch.set_num_threads(count)
-            for part, expected in zip(run(sizes), whole, strict=True):
-                assert torch.equal(part, expected)
-    finally:
-        torch.set_num_threads(threads)
+def test_no_tokens_leave_the_ring_as_it_was():
+    qkv, ring = inputs(torch.float32, length=0)
+    out, after = attend(qkv, ring)
+    assert out.shape == (2, 0, 14, 64)
+    assert torch.equal(after, ring)
+
+
+@pytest.mark.parametrize("first", [0, 1000])
+@pytest.mark.parametrize(("capacity", "window"), RINGS)
+@DTYPES
+def test_chunks_and_threads_change_no_bit(dtype, capacity, window, first):
+    qkv, before = inputs(dtype, capacity=capacity)
+    cuts = [(1, [1] * LENGTH), (2, [3] * (LENGTH // 3)), (3, [129, 64, 137]), (5, [LENGTH - 1, 1])]
+    assert_no_bit_depends_on(
+        cuts, lambda part, start, ring: attend(part, ring, first + start, window=window), qkv, before
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -102,3 +102,19 @@ def test_a_gradient_changes_what_is_computed_by_no_more_than_rounding(dtype):
         for x in (qkv, [x.clone().requires_grad_() for x in qkv])
     ]
     assert relative_rms(*outs) < TOLERANCE[dtype]
+
+
+@DTYPES
+def test_torch_compile_takes_the_op_without_a_break(dtype):
+    qkv, _ = inputs(dtype, 4, 2, 8, 3)
+    pool, slots = torch.randn(5, 11, 2, 2, 8).to(dtype), torch.tensor([4, 1])
+    positions = torch.tensor([[4, 5, 6], [0, 1, 2]])
+
+    def step(q, k, v, pool):
+        state = Slots(pool, slots)
+        return window_attention(q, k, v, window=9, positions=positions, state=state, backend="native")[0] + 1
+
+    pools = [pool.clone(), pool.clone()]
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(*qkv, pools[0])
+    assert torch.equal(out, step(*qkv, pools[1]))
+    assert torch.equal(*pools)

@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 from conftest import relative_rms
-from devices import at_level
+from devices import threads
 
 from spikingbrain_kernels import window_attention
-from spikingbrain_kernels.library import levels, missing
+from spikingbrain_kernels.library import missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
 
@@ -53,10 +53,9 @@ def test_a_token_that_sees_only_itself_takes_its_value_whatever_query_and_key_ar
     assert relative_rms(value, run(tensors, "reference", window=window)[3]) < TOLERANCE
 
 
-@pytest.mark.parametrize("level", levels() if missing() is None else [])
-def test_every_level_has_the_reference_s_gradients(level):
-    with at_level(level):
-        assert_equal_to_the_reference(inputs(1, 130, sinks=3), window=40)
+@pytest.mark.usefixtures("level")
+def test_every_level_has_the_reference_s_gradients():
+    assert_equal_to_the_reference(inputs(1, 130, sinks=3), window=40)
 
 
 @pytest.mark.parametrize(("heads", "groups", "width"), [(7, 1, 5), (3, 3, 40), (14, 2, 64), (70, 1, 3)])
@@ -99,11 +98,10 @@ def test_without_tokens_there_are_gradients_too():
 
 
 def test_threads_change_no_bit_of_gradients():
-    threads, tensors = torch.get_num_threads(), inputs(3, 150, sinks=4)
-    try:
-        runs = [(torch.set_num_threads(n), run(tensors, "native", window=70))[1] for n in (1, 2, 3)]
-    finally:
-        torch.set_num_threads(threads)
+    tensors, runs = inputs(3, 150, sinks=4), []
+    for count in (1, 2, 3):
+        with threads(count):
+            runs.append(run(tensors, "native", window=70))
     for other in runs[1:]:
         assert all(torch.equal(*pair) for pair in zip(runs[0], other, strict=True))
 
