@@ -5,6 +5,7 @@ INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 PEAK_TFLOPS ?= 989
 TRITON := 3.9.0
+FLA := 0.6.0
 OLDER_TRANSFORMERS := 5.19.0
 VLLM := 0.32.0
 LLAMA_CPP := 0.3.36
@@ -16,7 +17,7 @@ SUITE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 .PHONY: help setup demo test check test-transformers test-page test-clients test-eval sanitize bench \
   bench-peers bench-train-gpu bench-spikes bench-spikes-all soak soak-training soak-serving bench-gpu test-triton \
-  compile-triton test-oracles bench-firing test-vllm clean
+  test-fla compile-triton test-oracles bench-firing test-vllm clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 20
@@ -77,7 +78,21 @@ bench-train-gpu: setup ## true MFU of training on one GPU, and how flat it is ov
 bench-gpu:       ## figures of the kernels and the 7B shape on a CUDA GPU; needs torch, Triton and transformers only
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu.py $(ARGS)
 
-test-triton:     ## the Triton kernels: compiled on a GPU, else in Triton's interpreter, in an environment of its own
+# On a GPU tests of its kernels run compiled, else in Triton's interpreter.
+WITH_TRITON = if .venv-triton/bin/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then \
+  export TRITON_INTERPRET=1; fi; PYTHONPATH=.:kernels .venv-triton/bin/python
+
+test-triton: .venv-triton/.installed ## the Triton kernels: compiled on a GPU, else in Triton's interpreter, in an environment of its own
+	@$(WITH_TRITON) -m pytest -q tests/kernels -k triton
+
+test-fla: .venv-triton/.installed ## flash-linear-attention's kernels behind our ops, in the same way and environment
+	.venv-triton/bin/pip install -q fla-core==$(FLA)
+	@$(WITH_TRITON) -m pytest -q tests/kernels/test_ops.py -k fla
+
+compile-triton: .venv-triton/.installed ## the Triton kernels compiled for a GPU that need not be here
+	PYTHONPATH=.:kernels .venv-triton/bin/python tests/kernels/compile_triton.py $(CAPABILITY)
+
+.venv-triton/.installed:
 	$(PYTHON) -m venv .venv-triton
 	@if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then \
 	  .venv-triton/bin/pip install -q torch==$(TORCH); \
@@ -86,12 +101,7 @@ test-triton:     ## the Triton kernels: compiled on a GPU, else in Triton's inte
 	    .venv-triton/bin/pip install -q torch==$(TORCH); }; \
 	fi
 	.venv-triton/bin/pip install -q pytest transformers
-	@if .venv-triton/bin/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then \
-	  export TRITON_INTERPRET=1; \
-	fi; PYTHONPATH=.:kernels .venv-triton/bin/python -m pytest -q tests/kernels -k triton
-
-compile-triton:  ## the Triton kernels compiled for a GPU that need not be here; after make test-triton
-	PYTHONPATH=.:kernels .venv-triton/bin/python tests/kernels/compile_triton.py $(CAPABILITY)
+	@touch $@
 
 soak: soak-training soak-serving ## everything that takes long
 

@@ -14,41 +14,20 @@ backends = import_module("spikingbrain_kernels.backends")
 Op = Callable[[Sequence[Tensor], int, Tensor], tuple[Tensor, Tensor]]
 
 
-def _repair_bf16() -> None:
-    """Triton's interpreter keeps bf16 as bit patterns, rounds towards zero and multiplies the patterns in tiles."""
-    interpreter, language = import_module("triton.runtime.interpreter"), import_module("triton.language")
-    create_dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
-
-    def widen(x):
-        if x.dtype.scalar != language.bfloat16:
-            return x
-        wide = torch.from_numpy(x.data.view("int16")).view(torch.bfloat16).float()
-        return interpreter.TensorHandle(wide.numpy(), language.float32)
-
-    def dot_of_numbers(self, a, b, *rest):
-        return create_dot(self, widen(a), widen(b), *rest)
-
-    def nearest(x, input_dtype, output_dtype, rounding_mode):
-        if (input_dtype, output_dtype) != (language.float32, language.bfloat16):
-            return convert(x, input_dtype, output_dtype, rounding_mode)
-        bits = x.astype("float32").reshape(-1)
-        return torch.from_numpy(bits).bfloat16().view(torch.int16).numpy().view("uint16").reshape(x.shape)
-
-    interpreter.InterpreterBuilder.create_dot = dot_of_numbers
-    interpreter._convert_float = nearest
-
-
+ON_A_GPU = ("triton", "fla")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
+    interpreter = import_module("interpreter")
+    interpreter.repair_bf16()
+    interpreter.stand_in_for_a_gpu()
     backends.BACKENDS = tuple(
-        replace(backend, devices=("cpu",)) if backend.name == "triton" else backend for backend in backends.BACKENDS
+        replace(backend, devices=("cpu",)) if backend.name in ON_A_GPU else backend for backend in backends.BACKENDS
     )
-    _repair_bf16()
 
 
 def device_of(backend: str | None) -> str:
     """The device type that tests of `backend` use."""
-    on_gpu = backend in ("triton", "fla") and not INTERPRETED and torch.cuda.is_available()
+    on_gpu = backend in ON_A_GPU and not INTERPRETED and torch.cuda.is_available()
     return "cuda" if on_gpu else "cpu"
 
 

@@ -91,6 +91,16 @@ def assert_same(results, references, tolerance):
         assert relative_rms(result, reference) < tolerance
 
 
+def assert_results_and_gradients_are_the_reference_s(op, backend, tensors, state, tolerances, **options):
+    """`tolerances`: of output and state, and of the gradients of a random sum of both."""
+    leaves = [t.requires_grad_() for t in (*tensors, state)]
+    runs = [call(op, leaves[:-1], name, state=leaves[-1], **options) for name in (backend, "reference")]
+    assert_same(*runs, tolerance=tolerances[0])
+    weights = [torch.randn_like(t) for t in runs[0]]
+    losses = [sum((t * w).sum() for t, w in zip(run, weights, strict=True)) for run in runs]
+    assert_same(*(torch.autograd.grad(loss, leaves) for loss in losses), tolerance=tolerances[1])
+
+
 def able(dtype, needs_gradients=False):
     pairs = [(op, backend) for op in RECURRENT_OPS for backend in backends(op)]
     return [
@@ -103,6 +113,9 @@ def able(dtype, needs_gradients=False):
 BACKENDS = able(torch.float32)
 OPTIMISED = [(op, name) for op, name in BACKENDS if name != "reference"]
 DIFFERENTIABLE = [(op, name) for op, name in able(torch.float64, needs_gradients=True) if name != "reference"]
+KERNELS_WITH_GRADIENTS = [
+    (op, name) for op, name in able(torch.float32, needs_gradients=True) if name not in ("reference", "chunked")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -119,13 +132,23 @@ LENGTHS = [1, 3, 15, 16, 17, 63, 64, 65, 100, 130]
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("op", "backend"), DIFFERENTIABLE)
 def test_output_state_and_gradients_equal_the_reference(op, backend, length):
-    tensors = [t.double().requires_grad_() for t in inputs(op, 2, length)]
-    state = state_of(op, 2, dtype=torch.float64).requires_grad_()
-    runs = [call(op, tensors, name, state=state, first=CAPACITY + 2) for name in (backend, "reference")]
-    assert_same(*runs, tolerance=1e-12)
-    weights = [torch.randn_like(t) for t in runs[0]]
-    losses = [sum((t * w).sum() for t, w in zip(run, weights, strict=True)) for run in runs]
-    assert_same(*(torch.autograd.grad(loss, [*tensors, state]) for loss in losses), tolerance=1e-11)
+    tensors, state = [t.double() for t in inputs(op, 2, length)], state_of(op, 2, dtype=torch.float64)
+    assert_results_and_gradients_are_the_reference_s(op, backend, tensors, state, (1e-12, 1e-11), first=CAPACITY + 2)
+
+
+@pytest.mark.parametrize("length", [1, 37, 70])
+@pytest.mark.parametrize(("op", "backend"), KERNELS_WITH_GRADIENTS)
+def test_gradients_in_fp32_stay_within_their_tolerance(op, backend, length):
+    tensors, state = inputs(op, 2, length), state_of(op, 2)
+    assert_results_and_gradients_are_the_reference_s(op, backend, tensors, state, (FP32, FP32), first=CAPACITY + 2)
+
+
+@pytest.mark.parametrize(("op", "backend"), KERNELS_WITH_GRADIENTS)
+def test_gradients_of_packed_documents_and_masked_tokens_are_the_reference_s(op, backend):
+    edges, mask = torch.tensor([0, 3, 20, 20, 21, 40]), torch.rand(2, 20) > 0.4
+    check = assert_results_and_gradients_are_the_reference_s
+    check(op, backend, inputs(op, 1, 40), state_of(op, 5), (FP32, FP32), cu_seqlens=edges)
+    check(op, backend, inputs(op, 2, 20), state_of(op, 2), (FP32, FP32), mask=mask)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
