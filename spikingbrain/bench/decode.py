@@ -15,7 +15,7 @@ import torch
 
 from ..packing import prepare
 from . import READ, Row, reading, require_close, seconds_in_turn
-from .models import ADAPTIVE, OurDecoder, TheirDecoder, ours, qwen2, silence
+from .models import ADAPTIVE, OurDecoder, TheirDecoder, first_logits, ours, qwen2, silence
 from .peers import LlamaCpp, Vllm, lacking
 
 WARM_UP = 2
@@ -97,20 +97,15 @@ def _vllm(model: Any, roof: float, args: argparse.Namespace) -> Iterator[Row]:
 
 def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any, int]]:
     dense = ours(args.model, "bf16", args.layers)
-    expected = _logits(dense)
+    expected = first_logits(dense)
     for kind in ("bf16", "int8"):
         packed = prepare(copy.deepcopy(dense), kind)
-        require_close(f"the model in {kind}", _logits(packed), expected, TOLERANCE[kind])
+        require_close(f"the model in {kind}", first_logits(packed), expected, TOLERANCE[kind])
         yield kind, packed, packed_bytes(packed)
     for head, silent in ((False, 0.0), (False, 0.7), (True, 0.7)):
         spiking = prepare(ours(args.model, "bf16", args.layers, spiking={**ADAPTIVE, "head": head}), "int8")
         name = f"int8, spikes, {silent:.0%} silent" + (", before the head too" if head else "")
         yield name, silence(spiking, silent), packed_bytes(spiking)
-
-
-def _logits(model: Any) -> torch.Tensor:
-    torch.manual_seed(0)
-    return OurDecoder(model, 1).step()
 
 
 def packed_bytes(model: Any) -> int:

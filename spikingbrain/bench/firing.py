@@ -25,7 +25,7 @@ from ..packing import prepare
 from ..spiking import encoders, record_spikes, weights_read_by
 from . import Row, require_close, seconds_in_turn
 from .decode import TOLERANCE, packed_bytes
-from .models import OurDecoder, ours, replay, silence
+from .models import OurDecoder, first_logits, ours, replay, silence
 
 CONTEXT = 256
 # The first tokens of a piece have read too little to fire as later ones do.
@@ -72,9 +72,9 @@ def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any, float | None]]
         model = ours(args.model, "bf16", args.layers, spiking=spiking)
         counts = stretch(record(path, files, args.tokens), model)
         share = unread_weights(model, counts)
-        expected = _logits(replay(model, counts))
+        expected = first_logits(replay(model, counts))
         prepare(model, "int8")
-        require_close(f"the model firing as {path}", _logits(replay(model, counts)), expected, TOLERANCE["int8"])
+        require_close(f"the model firing as {path}", first_logits(replay(model, counts)), expected, TOLERANCE["int8"])
         yield f"int8, firing as {_name(path)}", replay(model, counts), share
 
 
@@ -140,8 +140,3 @@ def unread_weights(model: Any, counts: dict[str, Tensor]) -> float:
     sizes = weights_read_by(model)
     unread = sum(size * float((counts[name] == 0).float().mean()) for name, size in sizes.items())
     return unread / sum(sizes.values())
-
-
-def _logits(model: Any) -> Tensor:
-    torch.manual_seed(0)
-    return OurDecoder(model, 1).step()
