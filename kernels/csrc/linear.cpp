@@ -11,10 +11,10 @@
 namespace {
 
 constexpr int64_t MAX_SPARSE_ROWS = 8;
-// Fewer silent channels of a row than this part are read too: one run of weights in floats takes less time than pairs of
-// channels in integers, the more so the shorter a channel's run is. Measured; with AVX-512 at a fifth only.
+// Fewer silent channels of a row than this part are read too: one run of all weights takes less time than many with gaps, the
+// more so the shorter a channel's run is. Measured; int8, whose counts are integers else, with AVX-512 at a fifth only.
 double few_silent(const Packed& w) {
-    if (W == 16) return 0.2;
+    if (W == 16 && w.kind == INT8) return 0.2;
     return w.panel < 1024 ? 0.4 : 0.3;
 }
 
@@ -66,10 +66,8 @@ void to_pairs(const bf16* x, int64_t in, int32_t* pairs) {
     for (int64_t k = 0; k < in; k += 2) pairs[k / 2] = (int32_t)((uint32_t)x[k].bits << 16 | x[k + 1].bits);
 }
 
-// Whether to read every channel of a row of counts: few are silent, and floats hold each group's sum exactly.
-bool read_all(const Packed& w, const Activity& activity) {
-    return (double)activity.silent < few_silent(w) * (double)w.in && activity.most * 128 <= 1 << 24;
-}
+// Whether floats hold the sum of each group of a row of counts, times codes, exactly.
+bool fits_in_floats(const Activity& activity) { return activity.most * 128 <= 1 << 24; }
 
 int64_t nonzero(const float* x, int64_t in) {
     int64_t n = 0;
@@ -119,9 +117,11 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
     int64_t active = 0;
     for (int64_t row = 0; row < rows && (apart || sparse); row++) {
         const bool whole = integers && activity.data[row].whole;
-        const bool all = whole ? rows == 1 && read_all(*w, activity.data[row]) : !counts;
+        const int64_t fired = integers ? in - activity.data[row].silent : counts ? nonzero(floats + row * stride, in) : in;
+        bool all = !counts || (double)(in - fired) < few_silent(*w) * (double)in;
+        if (whole) all = all && rows == 1 && fits_in_floats(activity.data[row]);
         readings.data[row] = {whole && !all, all, whole ? activity.data[row].total : 0};
-        active += integers ? in - activity.data[row].silent : counts ? nonzero(floats + row * stride, in) : in;
+        active += fired;
     }
     const bool by_row = apart || (sparse && (double)active <= break_even * (double)in);
     const bool few = by_row || rows <= FEW_ROWS;

@@ -37,6 +37,17 @@ def test_products_equal_the_reference(kind, out_features, in_features, rows):
 
 
 @pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("silent", [0.0, 0.25, 0.35, 0.45, 0.9])
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_spikes_times_floats_have_the_bits_of_the_dense_product(kind, silent):
+    # Where few channels are silent all are read, else those that fired.
+    for outputs in (200, 3000):
+        packed, counts = pack(torch.randn(outputs, 300), kind), spikes(1, 300, silent=silent)
+        out = spike_linear(counts, torch.ones(1, 1), packed, backend="native")
+        assert torch.equal(out, linear(counts, packed, backend="native"))
+
+
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("silent", [0.0, 0.1, 0.7, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16], ids=str)
