@@ -14,7 +14,13 @@ pytestmark = [
 ]
 
 OPS = ("gated_linear", "gated_delta", "wkv", "lif_scan, soft", "lif_scan, hard", "short_conv", "short_conv of one tap")
-SIZES = {"usual": (14, 2, 64, 64), "huge": (2, 1, 260, 300), "odd": (9, 3, 3, 5), "one": (1, 1, 1, 1)}
+SIZES = {
+    "usual": (14, 2, 64, 64),
+    "huge": (2, 1, 260, 300),
+    "odd": (9, 3, 3, 5),
+    "9 heads a state": (9, 1, 3, 5),
+    "one": (1, 1, 1, 1),
+}
 
 
 def inputs(op, batch, length, size=(4, 2, 8, 8), dtype=torch.float32):
@@ -98,6 +104,18 @@ def test_nan_and_inf_do_what_they_do_in_the_reference(op, bad):
     assert torch.allclose(after, last, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert bool(out[0, :9].isfinite().all())
     assert bool(out[1].isfinite().all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_bad_token_of_gated_linear_is_bad_in_every_head(backend, bad):
+    x, weights, state = inputs("gated_linear", 2, 40)
+    for t in x[:3]:
+        t[0, 20] = bad
+    out, _ = call("gated_linear", x, weights, state, backend)
+    assert bool(out[0, :20].isfinite().all())
+    assert bool(out[1].isfinite().all())
+    assert not bool(out[0, 20].isfinite().any())
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -42,12 +42,13 @@ def test_any_size_equals_the_reference(dtype, length, heads, groups, width):
     assert torch.equal(after.double(), last)
 
 
-@pytest.mark.parametrize("window", [1, 70, 10**18])
+@pytest.mark.parametrize("window", [1, 9, 70, 10**18])
 @pytest.mark.parametrize("num_sinks", [0, 1, 70])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(14, 2, 64), (4, 2, 200), (3, 1, 5), (4, 2, 12)])
 @DTYPES
-def test_any_window_and_sinks_equal_the_reference(dtype, num_sinks, window):
-    qkv, _ = inputs(dtype, 4, 2, 12, 150)
-    sinks = torch.randn(num_sinks, 2, 2, 12) if num_sinks else None
+def test_any_window_and_sinks_equal_the_reference(dtype, heads, groups, width, num_sinks, window):
+    qkv, _ = inputs(dtype, heads, groups, width, 150)
+    sinks = torch.randn(num_sinks, 2, groups, width) if num_sinks else None
     results = [attend(qkv, None, window=window, sinks=sinks, backend=name)[0] for name in ("native", "reference")]
     assert relative_rms(*results) < TOLERANCE[dtype]
 
@@ -83,6 +84,19 @@ def test_what_a_query_does_not_see_changes_no_bit(dtype, place, bad):
     sees[0, place : place + WINDOW] = True
     assert torch.equal(out[~sees], expected[~sees])
     assert bool(out[sees].isnan().all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@DTYPES
+def test_a_bad_token_disturbs_no_earlier_token_and_no_other_row(dtype, backend, bad):
+    qkv, _ = inputs(dtype, 4, 2, 8, 40)
+    for x in qkv:
+        x[0, 20] = bad
+    out, _ = attend(qkv, None, window=9, backend=backend)
+    assert bool(out[0, :20].isfinite().all())
+    assert bool(out[1].isfinite().all())
+    assert not bool(out[0, 20].isfinite().any())
 
 
 @DTYPES

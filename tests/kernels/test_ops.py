@@ -93,12 +93,14 @@ def assert_same(results, references, tolerance):
 
 def assert_results_and_gradients_are_the_reference_s(op, backend, tensors, state, tolerances, **options):
     """`tolerances`: of output and state, and of the gradients of a random sum of both."""
-    leaves = [t.requires_grad_() for t in (*tensors, state)]
+    leaves = [t.detach().clone().requires_grad_() for t in (*tensors, state)]
     runs = [call(op, leaves[:-1], name, state=leaves[-1], **options) for name in (backend, "reference")]
     assert_same(*runs, tolerance=tolerances[0])
     weights = [torch.randn_like(t) for t in runs[0]]
     losses = [sum((t * w).sum() for t, w in zip(run, weights, strict=True)) for run in runs]
-    assert_same(*(torch.autograd.grad(loss, leaves) for loss in losses), tolerance=tolerances[1])
+    gradients = [torch.autograd.grad(loss, leaves) for loss in losses]
+    assert [gradient.dtype for gradient in gradients[0]] == [leaf.dtype for leaf in leaves]
+    assert_same(*gradients, tolerance=tolerances[1])
 
 
 def able(dtype, needs_gradients=False):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import Asks, relative_rms
 from devices import backends, device_of
+from test_ops import assert_results_and_gradients_are_the_reference_s
 
 import spikingbrain_kernels as kernels
 from spikingbrain_kernels import Slots, pack, pack_codes
@@ -142,20 +143,8 @@ RAGGED = {
 }
 
 
-def gradients(x, state, weights, backend, **options):
-    leaves = [t.detach().clone().requires_grad_() for t in (*x, state)]
-    results = kernels.gated_linear(*leaves[:4], scale=0.3, state=leaves[4], backend=backend, **options)
-    loss = sum((result * weight).sum() for result, weight in zip(results, weights, strict=True))
-    return torch.autograd.grad(loss, leaves)
-
-
 def assert_gradients_equal(x, state, tolerance=1e-5, **options):
-    q, v = x[0], x[2]
-    weights = torch.randn(*q.shape[:3], v.shape[3]), torch.randn_like(state)
-    found, expected = (gradients(x, state, weights, backend, **options) for backend in PAIR)
-    for own, reference, tensor in zip(found, expected, (*x, state), strict=True):
-        assert own.dtype == tensor.dtype
-        assert relative_rms(own, reference) < tolerance
+    assert_results_and_gradients_are_the_reference_s("gated_linear", "triton", x, state, (tolerance,) * 2, **options)
 
 
 @pytest.mark.parametrize("shape", [(7, 1, 32, 32), (4, 2, 8, 100), (18, 1, 9, 9), (2, 2, 40, 5)], ids=str)
