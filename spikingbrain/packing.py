@@ -1,4 +1,4 @@
-"""A loaded model made ready for fast inference on this CPU: weights packed, what shares an input multiplied at once."""
+"""A loaded model made ready for fast inference: weights packed, what shares an input multiplied at once."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spikingbrain_kernels import KINDS, Packed, linear, pack, pack_codes, rms_norm, spike_linear
-from spikingbrain_kernels.library import missing
+from spikingbrain_kernels.backends import backends
 from spikingbrain_kernels.packed import GROUP
 
 from .errors import InputError
@@ -16,6 +16,8 @@ from .quantization import QuantizedLinear
 from .spiking import SpikeEncoder, SpikingHead, SpikingLinear
 
 KIND_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+# By type of device: what multiplies packed weights and the kinds to choose from. On a GPU torch multiplies the rest.
+PACKED_ON = {"cpu": ("native", ("auto", *KINDS)), "cuda": ("triton", ("int8",))}
 
 
 class PackedLinear(nn.Module):
@@ -73,20 +75,18 @@ class PackedNorm(nn.Module):
 def prepare(model: Any, kind: str = "auto", *, head_kind: str | None = None) -> Any:
     """Pack every projection and the head of `model`, in place, and give it back.
 
-    `kind`: fp32, bf16, int8 (rounded in groups of 128 inputs) or auto, the model's own. `head_kind`: the head's, by
-    default the same. A row of a packed product has the same bits in every batch and chunk and with any number of
-    threads. Projections in int8 keep their codes; those with codes beyond int8, groups of another size or a module of
-    their own stay as they are. The model keeps only the packed weights, so it can no longer be trained or saved. Raises
-    `InputError` for an unknown kind, a model that is not in fp32 or bf16 on the CPU, or without the native library.
+    `kind`: fp32, bf16, int8 (rounded in groups of 128 inputs) or auto, the model's own; on a GPU int8 alone.
+    `head_kind`: the head's, by default the same. On a CPU a row of a packed product has the same bits in every batch
+    and chunk and with any number of threads. Projections in int8 keep their codes; those with codes beyond int8,
+    groups of another size or a module of their own stay as they are. The model keeps only the packed weights, so it
+    can no longer be trained or saved. Raises `InputError` for an unknown kind, a model that is not in fp32 or bf16,
+    or where the kernels for its device are missing.
     """
-    reason = why_not(model)
+    kinds = kind, head_kind or kind
+    reason = why_not(model, *kinds)
     if reason:
         raise InputError(reason)
-    kind = KIND_OF[model.dtype] if kind == "auto" else kind
-    head_kind = head_kind or kind
-    unknown = sorted({kind, head_kind} - set(KINDS))
-    if unknown:
-        raise InputError(f"unknown kind {unknown[0]!r}; choose from auto, {', '.join(KINDS)}")
+    kind, head_kind = (KIND_OF[model.dtype] if name == "auto" else name for name in kinds)
     for block in [module for module in model.modules() if isinstance(module, MixerBlock)]:
         _pack_block(block, kind)
     for parent in list(model.modules()):
@@ -98,14 +98,20 @@ def prepare(model: Any, kind: str = "auto", *, head_kind: str | None = None) -> 
     return model.eval()
 
 
-def why_not(model: Any) -> str | None:
-    """Why `prepare` would refuse `model`; None if it would not."""
-    reason = missing()
+def why_not(model: Any, *kinds: str) -> str | None:
+    """Why `prepare` would refuse to pack `model` in `kinds`, by default its own; None if it would not."""
+    device = model.device.type
+    if device not in PACKED_ON or model.dtype not in KIND_OF:
+        dtypes = " or ".join(str(dtype) for dtype in KIND_OF)
+        return f"packing takes a model in {dtypes} on the CPU or a GPU, not in {model.dtype} on {device}"
+    name, choices = PACKED_ON[device]
+    (backend,) = (backend for backend in backends("linear") if backend.name == name)
+    reason = backend.missing(device, model.dtype)
     if reason:
-        return f"native {reason}"
-    if model.device.type != "cpu" or model.dtype not in KIND_OF:
-        choices = " or ".join(str(dtype) for dtype in KIND_OF)
-        return f"packing takes a model in {choices} on the CPU, not in {model.dtype} on {model.device.type}"
+        return f"{name} {reason}"
+    unknown = [kind for kind in kinds or ("auto",) if kind not in choices]
+    if unknown:
+        return f"kind {unknown[0]!r} cannot be packed on {device}; choose from {', '.join(choices)}"
     return "this model is packed already" if isinstance(model.lm_head, PackedLinear) else None
 
 
@@ -140,7 +146,11 @@ def _weight(module: nn.Linear) -> Tensor:
 
 
 def _bias(module: nn.Linear) -> Tensor:
-    return torch.zeros(module.out_features) if module.bias is None else module.bias.detach().float()
+    return (
+        module.weight.new_zeros(module.out_features, dtype=torch.float32)
+        if module.bias is None
+        else module.bias.detach().float()
+    )
 
 
 def _refuse(*_: Any) -> None:

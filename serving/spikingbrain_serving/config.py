@@ -18,10 +18,10 @@ class EngineConfig:
     requests beside those that run. preempt_after: tokens after which a sequence gives its slot to one that waits.
     prefix_cache_bytes: most bytes of states kept for reuse, 0 for no reuse. spill_dir, spill_bytes: where states go
     that no longer fit, and how much. dtype: a torch type's name, or "auto" for the checkpoint's. device: "auto" takes
-    a GPU if there is one. seed: for requests without one. pack: how weights are packed for the CPU: fp32, bf16, int8,
-    "auto" for the model's own type where it can be packed, or "none". With packed weights a request's tokens do not
-    depend on what runs beside it, on chunks or on reuse, to the last bit, and are those of `generate` of the model that
-    `spikingbrain.prepare` packed; without, up to ties of rounding.
+    a GPU if there is one. seed: for requests without one. pack: how weights are packed: fp32, bf16, int8 (on a GPU
+    this alone), "auto" for the model's own type where it can be packed, or "none". With weights packed on a CPU a
+    request's tokens do not depend on what runs beside it, on chunks or on reuse, to the last bit, and are those of
+    `generate` of the model that `spikingbrain.prepare` packed; else up to ties of rounding.
     """
 
     max_num_seqs: int = 16

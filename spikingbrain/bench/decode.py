@@ -15,7 +15,7 @@ import torch
 
 from ..packing import prepare
 from . import READ, Row, reading, require_close, seconds_in_turn
-from .models import ADAPTIVE, OurDecoder, TheirDecoder, first_logits, ours, qwen2, silence
+from .models import ADAPTIVE, OurDecoder, TheirDecoder, first_logits, ours, packed_bytes, qwen2, silence
 from .peers import LlamaCpp, Vllm, lacking
 
 WARM_UP = 2
@@ -106,11 +106,6 @@ def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any, int]]:
         spiking = prepare(ours(args.model, "bf16", args.layers, spiking={**ADAPTIVE, "head": head}), "int8")
         name = f"int8, spikes, {silent:.0%} silent" + (", before the head too" if head else "")
         yield name, silence(spiking, silent), packed_bytes(spiking)
-
-
-def packed_bytes(model: Any) -> int:
-    """Bytes of all packed weights: what a dense decode step reads."""
-    return sum(module.packed.nbytes for module in model.modules() if hasattr(module, "by_name"))
 
 
 def _row(name: str, decoder: Any, position: int, weight_bytes: float, roof: float, tokens: int) -> Row:

@@ -24,8 +24,8 @@ from ..files import read_json
 from ..packing import prepare
 from ..spiking import encoders, record_spikes, weights_read_by
 from . import Row, require_close, seconds_in_turn
-from .decode import TOLERANCE, packed_bytes
-from .models import OurDecoder, first_logits, ours, replay, silence
+from .decode import TOLERANCE
+from .models import OurDecoder, first_logits, ours, packed_bytes, replay, silence
 
 CONTEXT = 256
 # The first tokens of a piece have read too little to fire as later ones do.

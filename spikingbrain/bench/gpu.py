@@ -1,4 +1,4 @@
-"""One CUDA GPU, the 7B shape in bf16: kernels against fp64, decoding in a CUDA graph, prompts up to a million tokens.
+"""One CUDA GPU, the 7B shape: kernels against fp64, decoding in a CUDA graph, prompts up to a million tokens in bf16.
 
 The softmax model of the same sizes is measured on a few layers and scaled; its longest prompt is fitted. What needs a
 package that is not here is skipped by name.
@@ -19,9 +19,10 @@ from spikingbrain_kernels import gated_delta, gated_linear, pack, spike_linear, 
 from spikingbrain_kernels.backends import backends
 
 from ..errors import InputError
+from ..packing import prepare
 from ..state import StatePool
 from . import Row, require_close
-from .models import ours, qwen2
+from .models import ADAPTIVE, ours, packed_bytes, qwen2
 
 HEADS, GROUPS, WIDTH, WINDOW = 28, 4, 128, 4096
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -54,9 +55,15 @@ def run(args: argparse.Namespace) -> list[Row]:
     torch.manual_seed(0)
     rows: list[Row] = [{"what": torch.cuda.get_device_name(), "torch": torch.__version__}, *kernel_rows("cuda")]
     rows += _chunk_rows(args.chunk)
+    roof = _bandwidth()
+    rows.append({"what": "memory read", "GB/s": roof / 1e9})
+    with torch.device("cuda"):
+        spiking = prepare(ours(args.model, "bf16", args.layers, spiking=ADAPTIVE), "int8")
+    rows.append(_decode_row("int8 with spikes", spiking, args.batch, roof))
+    del spiking
     with torch.device("cuda"):
         model = ours(args.model, "bf16", args.layers)
-    rows += _decode_rows(model, args.batch)
+    rows.append(_decode_row("bf16", model, args.batch, roof))
     read(model, args.chunk, args.chunk)  # compiles what the first prompt would otherwise wait for
     mine = {length: _seconds(partial(read, model, length, args.chunk), repeats=1) for length in args.lengths}
     rows += [
@@ -166,9 +173,8 @@ def gradients(inputs: Sequence[Tensor], backend: str) -> Tensor:
         return torch.cat([x.flatten() for x in torch.autograd.grad(out.sum(), leaves)])
 
 
-def _decode_rows(model: Any, batch: int) -> list[Row]:
+def _decode_row(name: str, model: Any, batch: int, roof: float) -> Row:
     """One token of `batch` sequences with full windows, in a CUDA graph, their slots in no order."""
-    roof = _bandwidth()
     step = decoder(model, batch, "cuda")
     step()
     torch.cuda.synchronize()
@@ -177,13 +183,13 @@ def _decode_rows(model: Any, batch: int) -> list[Row]:
         step()
     took = _seconds(graph.replay, repeats=30)
     moved = moved_bytes(model, batch)
-    figures = {
+    return {
+        "what": f"decode step, {name}, batch {batch}",
         "ms": took * 1e3,
         "tokens/s": batch / took,
         "GB/s": moved / took / 1e9,
         "of read roof": moved / took / roof,
     }
-    return [{"what": "memory read", "GB/s": roof / 1e9}, {"what": f"decode step, batch {batch}", **figures}]
 
 
 def decoder(model: Any, batch: int, device: str) -> Callable[[], Tensor]:
@@ -207,9 +213,10 @@ def decoder(model: Any, batch: int, device: str) -> Callable[[], Tensor]:
 
 def moved_bytes(model: Any, batch: int) -> int:
     """Bytes that a decode step cannot do without: weights once, rings read, recurrent states read and written."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    if not model.config.tie_word_embeddings:
-        weights -= model.get_input_embeddings().weight.nbytes
+    weights = sum(parameter.nbytes for parameter in model.parameters()) + packed_bytes(model)
+    embedding = model.get_input_embeddings().weight
+    if getattr(model.lm_head, "weight", None) is not embedding:
+        weights -= embedding.nbytes
     times = {"recurrent": 2, "conv": 2, "ring": 1, "growing": 1}
     specs = [spec for layer in model.state_specs() for spec in layer]
     states = sum(spec.allocate(1, "meta").nbytes * times[spec.kind] for spec in specs)

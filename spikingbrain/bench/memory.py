@@ -6,8 +6,7 @@ import torch
 
 from ..packing import prepare
 from . import Row
-from .decode import packed_bytes
-from .models import ours
+from .models import ours, packed_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..files import read_json
 from ..model import SpikingBrainForCausalLM
 from ..neurons import Spikes, SpikingNeuron
+from ..packing import PackedLinear
 from ..spiking import encoders
 from ..state import StatePool
 
@@ -86,6 +87,11 @@ def ours(
     keys["num_hidden_layers"] = layers or keys["num_hidden_layers"]
     keys["spiking"] = spiking
     return _random(SpikingBrainForCausalLM, SpikingBrainConfig(**keys), dtype)
+
+
+def packed_bytes(model: Any) -> int:
+    """Bytes of all packed weights: what a dense decode step reads."""
+    return sum(module.packed.nbytes for module in model.modules() if isinstance(module, PackedLinear))
 
 
 def qwen2(config: Any, dtype: str) -> Qwen2ForCausalLM:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Asks
 
-from spikingbrain import InputError
+from spikingbrain import InputError, prepare
 from spikingbrain.bench import ResultsDiffer, decode, firing, gpu, machine, models, peers, report, require_close
 from spikingbrain.files import write_json
 from spikingbrain.spiking import encoders
@@ -196,6 +196,8 @@ def test_a_decode_step_of_the_model_could_be_captured_and_reads_at_least_its_wei
     # Per sequence: two states of 8 x 8 in fp32 read and written, a ring of 16 keys and values in bf16 read.
     states = 2 * (2 * 8 * 8 * 4) + 16 * 2 * 2 * 8 * 2
     assert gpu.moved_bytes(model, 3) == weights - 64 * 32 * 2 + 3 * states
+    packed = prepare(model, "int8")
+    assert gpu.moved_bytes(packed, 3) == models.packed_bytes(packed) + 3 * states
 
 
 @torch.inference_mode()

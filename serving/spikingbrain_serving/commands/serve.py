@@ -52,7 +52,9 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spill-bytes", type=int, default=8 * 2**30, help="most bytes there")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda")
-    parser.add_argument("--pack", default="auto", help="weights on the CPU: auto (their type), fp32, bf16, int8, none")
+    parser.add_argument(
+        "--pack", default="auto", help="weights: auto (their type), fp32, bf16, int8 (on a GPU too), none"
+    )
     parser.add_argument("--seed", type=int, default=0, help="for requests that bring none")
 
 
