@@ -127,15 +127,18 @@ EXPORT(linear)(const Packed* w, const void* x, int64_t x_type, const float* toke
     const bool few = by_row || rows <= FEW_ROWS;
     const bool apart_halves = !part_of(*w, few, 0, threads).span.is_all(in);
     const Halves sums(call, apart_halves);
+    Buffer<int64_t> taken(2 * rows);
+    memset(taken.data, 0, 2 * rows * sizeof *taken.data);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t thread = 0; thread < threads; thread++) {
         const Part part = part_of(*w, few, thread, threads);
+        int64_t* own = taken.data + (part.span.first > 0) * rows;
         if (by_row) {
-            rows_one_by_one(call, readings.data, part, sums);
+            rows_one_by_one(call, readings.data, part, own, sums);
         } else {
             const Shape block = block_of(rows, w->kind);
             Scratch scratch(smaller(rows, MAX_ROWS), block);
-            share(*w, part.piece, part.pieces, block.width, [&](const Columns& columns) {
+            Pieces(*w, block.width, part.threads).take(own, [&](const Columns& columns) {
                 for (int64_t row = 0; row < rows; row += MAX_ROWS)
                     many_rows(call, row, smaller(MAX_ROWS, rows - row), columns, part.span, block.depth, scratch, sums);
             });

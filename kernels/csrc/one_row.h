@@ -270,13 +270,14 @@ void columns_of_row(const Call& call, int64_t row, const List& list, const Colum
     memcpy(halves.at(own, row) + c.first, total[own], c.width * sizeof(float));
 }
 
-// A thread's part of each row.
-void rows_one_by_one(const Call& call, const Reading* readings, const Part& part, const Halves& halves) {
+// A thread's part of each row; taken [rows]: pieces of each that those who read the same inputs have taken.
+void rows_one_by_one(const Call& call, const Reading* readings, const Part& part, int64_t* taken, const Halves& halves) {
+    const Pieces pieces(call.w, MAX_PANEL, part.threads);
     for (int64_t row = 0; row < call.rows; row++) {
         const float* x = call.x + row * call.stride;
         const auto compute = [&](const auto& list) {
-            share(call.w, part.piece, part.pieces, MAX_PANEL,
-                  [&](const Columns& columns) { columns_of_row(call, row, list, columns, halves); });
+            pieces.take(taken + row,
+                        [&](const Columns& columns) { columns_of_row(call, row, list, columns, halves); });
         };
         if (readings[row].counts)
             compute(Quads(x, call.w.in, part.span, readings[row].total));

@@ -33,8 +33,9 @@ struct Columns {
     int64_t first, width, panel_start, stride;
 };
 
-int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-int64_t groups_of(int64_t in) { return (in + GROUP - 1) / GROUP; }
+int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+int64_t padded(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+int64_t groups_of(int64_t in) { return ceil_div(in, GROUP); }
 
 // Groups of inputs `first .. last`.
 struct Span {
@@ -77,36 +78,60 @@ void finish(const Call& call, int64_t row, int64_t column, int64_t width, const 
     }
 }
 
-// Calls work(columns) for each part of this thread's share of the outputs, none wider than `widest` or than a panel. It is
-// whole panels, each one run of memory, where every thread gets as many.
-template <class Work>
-void share(const Packed& w, int64_t thread, int64_t threads, int64_t widest, Work work) {
-    const int64_t units = padded(w.out, UNIT) / UNIT, panels = padded(w.out, w.panel) / w.panel;
-    const int64_t piece = panels % threads ? UNIT : w.panel, pieces = panels % threads ? units : panels;
-    const int64_t end = smaller(pieces * (thread + 1) / threads * piece, units * UNIT);
-    for (int64_t column = pieces * thread / threads * piece; column < end;) {
-        const int64_t start = column / w.panel * w.panel;
-        const int64_t stride = smaller(w.panel, units * UNIT - start);
-        const int64_t width = smaller(smaller(end, start + stride) - column, widest);
-        work(Columns{column, width, start, stride});
-        column += width;
+// The outputs of a product in pieces that its threads take one after another, as processors of a shared machine are not
+// equally fast. A piece is a whole panel, one run of memory, or the part of it that is computed at once; where these are few
+// and not as many for each thread, there is one piece a thread.
+struct Pieces {
+    const Packed& w;
+    int64_t widest, units, parts, count;
+    bool whole;
+
+    Pieces(const Packed& w, int64_t widest, int64_t threads)
+        : w(w), widest(smaller(widest, w.panel)), units(padded(w.out, UNIT) / UNIT), parts(ceil_div(w.panel, this->widest)) {
+        count = ceil_div(w.out, w.panel) * parts;
+        whole = count % threads == 0 || count >= 4 * threads;
+        if (!whole) count = threads;
     }
-}
+    // Calls work(columns) for the columns of pieces that no thread has taken yet, `taken` being how many are.
+    template <class Work>
+    void take(int64_t* taken, Work work) const {
+        for (int64_t i; (i = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < count;) {
+            const int64_t panel = i / parts * w.panel, within = i % parts * widest;
+            if (whole)
+                each(panel + within, smaller(panel + smaller(within + widest, w.panel), units * UNIT), work);
+            else
+                each(units * i / count * UNIT, units * (i + 1) / count * UNIT, work);
+        }
+    }
+
+   private:
+    // Columns `column .. end`, cut at the ends of panels.
+    template <class Work>
+    void each(int64_t column, int64_t end, Work work) const {
+        while (column < end) {
+            const int64_t start = column / w.panel * w.panel, stride = smaller(w.panel, units * UNIT - start);
+            const int64_t width = smaller(smaller(end, start + stride) - column, widest);
+            work(Columns{column, width, start, stride});
+            column += width;
+        }
+    }
+};
 
 // What of a product a thread computes: some of its outputs or, of few rows of int8 in one panel, only one half of the inputs
 // for some of them, so that channels are read as runs that are twice as long. Of few groups the halves are too uneven.
 constexpr int64_t LEAST_GROUPS = 16;
 
+// The inputs that a thread reads, and how many threads read the same.
 struct Part {
     Span span;
-    int64_t piece, pieces;
+    int64_t threads;
 };
 
 Part part_of(const Packed& w, bool few, int64_t thread, int64_t threads) {
     const int64_t groups = groups_of(w.in), half = first_half(w.in);
     const bool one_panel = w.kind == INT8 && w.panel >= padded(w.out, UNIT);
-    if (!few || !one_panel || threads % 2 || groups < LEAST_GROUPS) return {{0, groups}, thread, threads};
-    return {thread % 2 ? Span{half, groups} : Span{0, half}, thread / 2, threads / 2};
+    if (!few || !one_panel || threads % 2 || groups < LEAST_GROUPS) return {{0, groups}, threads};
+    return {thread % 2 ? Span{half, groups} : Span{0, half}, threads / 2};
 }
 
 // Sums `[2, rows, padded out]` of a product of which each thread had one half of the inputs.

@@ -269,7 +269,7 @@ EXPORT(gated_linear)(const Recurrence* r, int64_t documents, int64_t threads) {
 
 // Gradients of a call whose `kept` states are at hand; writes those of every token of a document, and of the states.
 EXPORT(gated_linear_backward)(const Recurrence* r, const Gradients* g, int64_t documents, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t task = 0; task < documents * r->groups; task++)
         Backward(*r, *g, task / r->groups, task % r->groups).run();
 }
