@@ -56,11 +56,11 @@ def _in_turn(models: list[tuple[str, Any, int]], args: argparse.Namespace) -> It
         for name, model, size in models
         for position in args.positions
     ]
-    steps = [lambda _, decoder=decoder: decoder.step() for *_, decoder in turns]
-    read, *times = seconds_in_turn([reading(), *steps], repeats=args.tokens, warm_up=WARM_UP)
+    calls = [lambda _, call=call: call() for *_, decoder in turns for call in (decoder.advance, decoder.step)]
+    read, *times = seconds_in_turn([reading(), *calls], repeats=args.tokens, warm_up=WARM_UP)
     roof = READ / read
     yield {"model": "read bandwidth", "GB/s": roof / 1e9}
-    for (name, position, size, decoder), took in zip(turns, times, strict=True):
+    for (name, position, size, decoder), took in zip(turns, times[1::2], strict=True):
         outside = {"outside kernels ms": decoder.seconds_outside() * 1e3}
         yield _figures(name, position, size, roof, took) | outside
 

