@@ -33,14 +33,14 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, tokens: list[int], positions: list[int], slots: list[int]) -> Tensor:
         """As `plain`; the result is overwritten by the next call."""
-        inputs = [torch.tensor(values) for values in (tokens, positions, slots)]
+        inputs = torch.tensor([tokens, positions, slots]).unbind()
         if self.why_not or len(tokens) > MAX_RECORDED_ROWS:
             return self.plain(*(x.to(self._model.device) for x in inputs))
         key = len(tokens), torch.get_num_threads()
         recording = self._recordings.get(key)
         return self._record(key, inputs) if recording is None else recording(*inputs)
 
-    def _record(self, key: tuple[int, int], inputs: list[Tensor]) -> Tensor:
+    def _record(self, key: tuple[int, int], inputs: tuple[Tensor, ...]) -> Tensor:
         recording = Recording(self.plain, *inputs)
         self.why_not = recording.why_not
         if self.why_not is None:
