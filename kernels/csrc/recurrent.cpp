@@ -262,7 +262,7 @@ struct Backward {
 EXPORT(gated_linear)(const Recurrence* r, int64_t documents, int64_t threads) {
     const int64_t tasks = documents * r->groups * slices_of(*r);
     const int64_t steps = r->starts[documents] * r->groups * r->key * r->value;
-#pragma omp parallel for num_threads(threads) schedule(static) if (steps > ALONE)
+#pragma omp parallel for num_threads(threads) schedule(guided) if (steps > ALONE)
     for (int64_t task = 0; task < tasks; task++)
         one_slice(*r, Slice(*r, task), task + 1 < tasks ? Slice(*r, task + 1).home(*r) : nullptr);
 }
