@@ -449,10 +449,6 @@ struct Buffer {
     const bool own;
 };
 
-}  // namespace
-
-namespace {
-
 // An argument of a call that is made again; see `sb_replay`.
 union Word {
     int64_t whole;

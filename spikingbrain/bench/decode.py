@@ -61,8 +61,8 @@ def _in_turn(models: list[tuple[str, Any, int]], args: argparse.Namespace) -> It
     roof = READ / read
     yield {"model": "read bandwidth", "GB/s": roof / 1e9}
     for (name, position, size, decoder), took in zip(turns, times[1::2], strict=True):
-        outside = {"outside kernels ms": decoder.seconds_outside() * 1e3}
-        yield _figures(name, position, size, roof, took) | outside
+        row, outside = _figures(name, position, size, roof, took), decoder.seconds_outside()
+        yield row if outside is None else row | {"outside kernels ms": outside * 1e3}
 
 
 def _hugging_face(dtype: str, model: Any, roof: float, args: argparse.Namespace) -> Iterator[Row]:

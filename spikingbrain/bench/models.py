@@ -132,11 +132,11 @@ class OurDecoder:
         """The logits after one more token."""
         return self.model.lm_head(self.decoder([token], [self.position], [self.slot]))
 
-    def seconds_outside(self, token: int = 5) -> float:
-        """What a token takes besides native kernels, its head left out; the least of ten."""
+    def seconds_outside(self, token: int = 5) -> float | None:
+        """What a token takes besides native kernels, its head left out; the least of ten. None if not recorded."""
         inputs = (torch.tensor([value]) for value in (token, self.position, self.slot))
         recording = Recording(self.decoder.plain, *inputs)
-        return min(recording.seconds_outside() for _ in range(10))
+        return None if recording.why_not else min(recording.seconds_outside() for _ in range(10))
 
 
 def first_logits(model: Any) -> Tensor:

@@ -208,3 +208,11 @@ def test_a_prompt_read_in_chunks_gives_the_models_logits(shape):
     torch.manual_seed(5)
     logits = gpu.read(model, 70, 32, "cpu")
     assert torch.allclose(logits, model(tokens).logits[:, -1], atol=1e-4)
+
+
+@pytest.mark.skipif(missing() is not None, reason=f"native {missing()}")
+def test_what_a_step_takes_outside_kernels_is_said_only_of_one_that_is_recorded():
+    dense = tiny_model(["gla"], dtype=torch.float32)
+    routed = tiny_model(["gla"], dtype=torch.float32, channel_mixers=["moe"], moe={"num_experts": 3})
+    assert models.OurDecoder(prepare(dense), 3).seconds_outside() > 0
+    assert models.OurDecoder(routed, 3).seconds_outside() is None
