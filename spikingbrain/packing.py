@@ -59,11 +59,12 @@ class PackedNorm(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, norm: nn.RMSNorm):
+    def __init__(self, norm: nn.RMSNorm, device: torch.device):
         super().__init__()
         self.epsilon = norm.eps
         self.normalized_shape = norm.normalized_shape
-        weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight.detach().float()
+        ones = torch.ones(norm.normalized_shape, device=device)
+        weight = ones if norm.weight is None else norm.weight.detach().float()
         self.register_buffer("weight", weight, persistent=False)
         self.register_state_dict_pre_hook(_refuse)
 
@@ -92,7 +93,7 @@ def prepare(model: Any, kind: str = "auto", *, head_kind: str | None = None) -> 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.RMSNorm):
-                setattr(parent, name, PackedNorm(child))
+                setattr(parent, name, PackedNorm(child, model.device))
     encoder = model.lm_head.encoder if isinstance(model.lm_head, SpikingHead) else None
     model.lm_head = PackedLinear({"lm_head": model.lm_head}, head_kind, encoder)
     return model.eval()

@@ -4,11 +4,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import relative_rms
+from conftest import Asks, relative_rms
 from devices import backends, device_of
 from model.conftest import LAYOUTS, tiny_model
 
 from spikingbrain import InputError, packing, prepare
+from spikingbrain.bench import gpu
 from spikingbrain.state import StatePool
 
 DEVICE = device_of("triton")
@@ -77,6 +78,18 @@ def packed_error(dtype, spiking, monkeypatch):
         out = logits(prepare(model, "int8"), [7, 1, 1, 1, 1])
     with only("reference", monkeypatch):
         return relative_rms(out, logits(model, [11]))
+
+
+@torch.inference_mode()
+def test_a_packed_models_decode_step_reads_nothing_back_from_the_device(monkeypatch):
+    model = tiny_model(["gla", "sliding_window"], dtype=torch.float32, spiking=SPIKING["adaptive"]).to(DEVICE)
+    with only("triton", monkeypatch):
+        step = gpu.decoder(prepare(model, "int8"), 2, DEVICE)
+        step()
+        with Asks() as asks:
+            out = step()
+    assert asks.found == []
+    assert bool(out.isfinite().all())
 
 
 def test_what_is_multiplied_faster_by_torch_is_not_packed(monkeypatch):
