@@ -147,11 +147,9 @@ def _weight(module: nn.Linear) -> Tensor:
 
 
 def _bias(module: nn.Linear) -> Tensor:
-    return (
-        module.weight.new_zeros(module.out_features, dtype=torch.float32)
-        if module.bias is None
-        else module.bias.detach().float()
-    )
+    if module.bias is None:
+        return module.weight.new_zeros(module.out_features, dtype=torch.float32)
+    return module.bias.detach().float()
 
 
 def _refuse(*_: Any) -> None:

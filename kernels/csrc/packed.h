@@ -84,20 +84,20 @@ void finish(const Call& call, int64_t row, int64_t column, int64_t width, const 
 struct Pieces {
     const Packed& w;
     int64_t widest, units, parts, count;
-    bool whole;
+    bool by_panel;
 
     Pieces(const Packed& w, int64_t widest, int64_t threads)
         : w(w), widest(smaller(widest, w.panel)), units(padded(w.out, UNIT) / UNIT), parts(ceil_div(w.panel, this->widest)) {
         count = ceil_div(w.out, w.panel) * parts;
-        whole = count % threads == 0 || count >= 4 * threads;
-        if (!whole) count = threads;
+        by_panel = count % threads == 0 || count >= 4 * threads;
+        if (!by_panel) count = threads;
     }
     // Calls work(columns) for the columns of pieces that no thread has taken yet, `taken` being how many are.
     template <class Work>
     void take(int64_t* taken, Work work) const {
         for (int64_t i; (i = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < count;) {
             const int64_t panel = i / parts * w.panel, within = i % parts * widest;
-            if (whole)
+            if (by_panel)
                 each(panel + within, smaller(panel + smaller(within + widest, w.panel), units * UNIT), work);
             else
                 each(units * i / count * UNIT, units * (i + 1) / count * UNIT, work);

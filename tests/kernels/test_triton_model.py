@@ -31,12 +31,14 @@ def only(name, monkeypatch):
         backends.choose.cache_clear()
         backends._CHOSEN.clear()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(backends, "BACKENDS", tuple(known for known in backends.BACKENDS if known.name == name))
-        patch.setitem(packing.PACKED_ON, DEVICE, packing.PACKED_ON["cuda"])
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "BACKENDS", tuple(known for known in backends.BACKENDS if known.name == name))
+            patch.setitem(packing.PACKED_ON, DEVICE, packing.PACKED_ON["cuda"])
+            forget()
+            yield
+    finally:
         forget()
-        yield
-    forget()
 
 
 @torch.inference_mode()
