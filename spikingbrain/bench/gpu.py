@@ -24,7 +24,8 @@ from ..state import StatePool
 from . import Row, require_close
 from .models import ADAPTIVE, ours, packed_bytes, qwen2
 
-HEADS, GROUPS, WIDTH, WINDOW = 28, 4, 128, 4096
+DEVICE = "cuda"
+HEADS, GROUPS, WIDTH = 28, 4, 128
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 PEER = "Qwen2, softmax"
 Call = Callable[[str, Callable[[Tensor], Tensor]], Tensor]
@@ -53,15 +54,15 @@ def run(args: argparse.Namespace) -> list[Row]:
     if not torch.cuda.is_available():
         raise InputError("bench gpu needs a CUDA device, and torch finds none here")
     torch.manual_seed(0)
-    rows: list[Row] = [{"what": torch.cuda.get_device_name(), "torch": torch.__version__}, *kernel_rows("cuda")]
+    rows: list[Row] = [{"what": torch.cuda.get_device_name(), "torch": torch.__version__}, *kernel_rows(DEVICE)]
     rows += _chunk_rows(args.chunk)
     roof = _bandwidth()
     rows.append({"what": "memory read", "GB/s": roof / 1e9})
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         spiking = prepare(ours(args.model, "bf16", args.layers, spiking=ADAPTIVE), "int8")
     rows.append(_decode_row("int8 with spikes", spiking, args.batch, roof))
     del spiking
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = ours(args.model, "bf16", args.layers)
     rows.append(_decode_row("bf16", model, args.batch, roof))
     read(model, args.chunk, args.chunk)  # compiles what the first prompt would otherwise wait for
@@ -138,17 +139,17 @@ def _seconds(call: Callable[[], object], *, repeats: int) -> float:
 
 def _bandwidth(size: int = 4 << 30) -> float:
     """Bytes a second read from the GPU's memory: the best of ten sums over `size` bytes."""
-    memory = torch.ones(size // 4, device="cuda")
+    memory = torch.ones(size // 4, device=DEVICE)
     return size / min(_seconds(memory.sum, repeats=3) for _ in range(10))
 
 
 def _chunk_rows(length: int) -> list[Row]:
     """A prompt of one layer, read and learned from: heads in groups, and FLA on what they share, repeated."""
-    inputs = [torch.randn(1, length, n, WIDTH, device="cuda", dtype=torch.bfloat16) for n in (HEADS, GROUPS, GROUPS)]
-    inputs.append(-torch.rand(1, length, GROUPS, WIDTH, device="cuda"))
+    inputs = [torch.randn(1, length, n, WIDTH, device=DEVICE, dtype=torch.bfloat16) for n in (HEADS, GROUPS, GROUPS)]
+    inputs.append(-torch.rand(1, length, GROUPS, WIDTH, device=DEVICE))
     rows: list[Row] = []
     for backend in backends("gated_linear"):
-        if "cuda" not in backend.devices or backend.name == "reference":
+        if DEVICE not in backend.devices or backend.name == "reference":
             continue
         if any(find_spec(package) is None for package in backend.requires):
             rows.append({"what": f"chunks, {backend.name}: needs {OPTIONAL.get(backend.name, backend.name)}, skipped"})
@@ -175,7 +176,7 @@ def gradients(inputs: Sequence[Tensor], backend: str) -> Tensor:
 
 def _decode_row(name: str, model: Any, batch: int, roof: float) -> Row:
     """One token of `batch` sequences with full windows, in a CUDA graph, their slots in no order."""
-    step = decoder(model, batch, "cuda")
+    step = decoder(model, batch)
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -192,8 +193,9 @@ def _decode_row(name: str, model: Any, batch: int, roof: float) -> Row:
     }
 
 
-def decoder(model: Any, batch: int, device: str) -> Callable[[], Tensor]:
+def decoder(model: Any, batch: int) -> Callable[[], Tensor]:
     """The step that gives the logits of one token more, over a pool of states as after two windows of tokens."""
+    device = model.device
     pool = StatePool(model.state_specs(), batch, device)
     slots = [pool.allocate() for _ in range(batch)]
     states = pool.states(torch.tensor(slots)[torch.randperm(batch, device="cpu")].to(device))
@@ -223,8 +225,9 @@ def moved_bytes(model: Any, batch: int) -> int:
     return weights + batch * states
 
 
-def read(model: Any, length: int, chunk: int, device: str = "cuda") -> Tensor:
+def read(model: Any, length: int, chunk: int) -> Tensor:
     """The logits after a prompt of `length` tokens, read `chunk` tokens at a time over a pool of one slot."""
+    device = model.device
     tokens = torch.randint(0, model.config.vocab_size, (1, length), device=device)
     pool = StatePool(model.state_specs(), 1, device)
     states = pool.states(torch.tensor([pool.allocate()], device=device))
@@ -238,11 +241,11 @@ def _softmax_times(config: Any, layers: int, lengths: list[int]) -> dict[int, fl
     """Seconds of a prompt for the softmax model with so many layers; None where memory did not suffice."""
     small = copy.copy(config)
     small.num_hidden_layers = layers
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         peer = qwen2(small, "bf16")
     times: dict[int, float | None] = {}
     for length in lengths:
-        tokens = torch.randint(0, config.vocab_size, (1, length), device="cuda")
+        tokens = torch.randint(0, config.vocab_size, (1, length), device=DEVICE)
         try:
             times[length] = _seconds(partial(peer, tokens, logits_to_keep=1), repeats=3)
         except torch.OutOfMemoryError:

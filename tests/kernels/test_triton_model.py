@@ -86,7 +86,7 @@ def packed_error(dtype, spiking, monkeypatch):
 def test_a_packed_models_decode_step_reads_nothing_back_from_the_device(monkeypatch):
     model = tiny_model(["gla", "sliding_window"], dtype=torch.float32, spiking=SPIKING["adaptive"]).to(DEVICE)
     with only("triton", monkeypatch):
-        step = gpu.decoder(prepare(model, "int8"), 2, DEVICE)
+        step = gpu.decoder(prepare(model, "int8"), 2)
         step()
         with Asks() as asks:
             out = step()

@@ -186,7 +186,7 @@ def test_lengths_that_did_not_fit_into_memory_are_named_and_one_length_is_not_fi
 @torch.inference_mode()
 def test_a_decode_step_of_the_model_could_be_captured_and_reads_at_least_its_weights(shape):
     model = models.ours(shape, "bf16", None)
-    step = gpu.decoder(model, 3, "cpu")
+    step = gpu.decoder(model, 3)
     step()
     with Asks() as asks:
         logits = step()
@@ -206,7 +206,7 @@ def test_a_prompt_read_in_chunks_gives_the_models_logits(shape):
     torch.manual_seed(5)
     tokens = torch.randint(0, 64, (1, 70))
     torch.manual_seed(5)
-    logits = gpu.read(model, 70, 32, "cpu")
+    logits = gpu.read(model, 70, 32)
     assert torch.allclose(logits, model(tokens).logits[:, -1], atol=1e-4)
 
 
