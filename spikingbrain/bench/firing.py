@@ -8,9 +8,9 @@ recording does so here, and so does a token's share.
 
 import argparse
 import re
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ..evaluation import pieces, text_files
 from ..files import read_json
 from ..packing import prepare
 from ..spiking import encoders, record_spikes, weights_read_by
-from . import Row, require_close
+from . import Row, require_close, seconds
 from .decode import TOLERANCE
 from .models import OurDecoder, first_logits, ours, packed_bytes, replay, silence
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     models = list(_models(args))
     decoders = [OurDecoder(model, args.position) for _, model, _ in models]
     # Passes through all recorded tokens, so that none is left out; the first is not counted.
-    passes = [[_seconds(decoder, args.tokens) for decoder in decoders] for _ in range(PASSES + 1)]
+    passes = [[_a_token(decoder, args.tokens) for decoder in decoders] for _ in range(PASSES + 1)]
     times = [sorted(own)[PASSES // 10] for own in zip(*passes[1:], strict=True)]
     rows = []
     for (name, model, unread), took in zip(models, times, strict=True):
@@ -61,15 +61,13 @@ def run(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _seconds(decoder: OurDecoder, tokens: int) -> float:
-    """The mean time of so many tokens."""
-    total = 0.0
+def _a_token(decoder: OurDecoder, tokens: int) -> float:
+    """The mean time of one of so many tokens."""
+    took = []
     for _ in range(tokens):
         decoder.advance()
-        start = time.perf_counter()
-        decoder.step()
-        total += time.perf_counter() - start
-    return total / tokens
+        took.append(seconds(lambda _: decoder.step(), repeats=1, warm_up=0))
+    return mean(took)
 
 
 def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any, float | None]]:

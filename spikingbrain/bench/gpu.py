@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..packing import prepare
 from ..state import StatePool
 from . import Row, require_close
-from .models import ADAPTIVE, ours, packed_bytes, qwen2
+from .models import ADAPTIVE, ours, packed_bytes, qwen2, read
 
 DEVICE = "cuda"
 HEADS, GROUPS, WIDTH = 28, 4, 128
@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> list[Row]:
     with torch.device(DEVICE):
         model = ours(args.model, "bf16", args.layers)
     rows.append(_decode_row("bf16", model, args.batch, roof))
-    read(model, args.chunk, args.chunk)  # compiles what the first prompt would otherwise wait for
-    mine = {length: _seconds(partial(read, model, length, args.chunk), repeats=1) for length in args.lengths}
+    prompts = {length: _prompt(model.config, length) for length in args.lengths}
+    read(model, _prompt(model.config, args.chunk), args.chunk)  # compiles what the first would otherwise wait for
+    mine = {n: _seconds(partial(read, model, tokens, args.chunk), repeats=1) for n, tokens in prompts.items()}
     rows += [
         {"what": "prompt", "tokens": length, "s": took, "tokens/s": length / took} for length, took in mine.items()
     ]
@@ -225,16 +226,8 @@ def moved_bytes(model: Any, batch: int) -> int:
     return weights + batch * states
 
 
-def read(model: Any, length: int, chunk: int) -> Tensor:
-    """The logits after a prompt of `length` tokens, read `chunk` tokens at a time over a pool of one slot."""
-    device = model.device
-    tokens = torch.randint(0, model.config.vocab_size, (1, length), device=device)
-    pool = StatePool(model.state_specs(), 1, device)
-    states = pool.states(torch.tensor([pool.allocate()], device=device))
-    for start, part in zip(range(0, length, chunk), tokens.split(chunk, 1), strict=True):
-        positions = torch.arange(start, start + part.shape[1], device=device)[None]
-        hidden, _ = model.step(part, states, positions=positions)
-    return model.lm_head(hidden[:, -1])
+def _prompt(config: Any, length: int) -> Tensor:
+    return torch.randint(0, config.vocab_size, (1, length), device=DEVICE)
 
 
 def _softmax_times(config: Any, layers: int, lengths: list[int]) -> dict[int, float | None]:
@@ -245,7 +238,7 @@ def _softmax_times(config: Any, layers: int, lengths: list[int]) -> dict[int, fl
         peer = qwen2(small, "bf16")
     times: dict[int, float | None] = {}
     for length in lengths:
-        tokens = torch.randint(0, config.vocab_size, (1, length), device=DEVICE)
+        tokens = _prompt(config, length)
         try:
             times[length] = _seconds(partial(peer, tokens, logits_to_keep=1), repeats=3)
         except torch.OutOfMemoryError:

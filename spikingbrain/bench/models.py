@@ -145,6 +145,17 @@ def first_logits(model: Any) -> Tensor:
     return OurDecoder(model, 1).step()
 
 
+def read(model: Any, tokens: Tensor, chunk: int) -> Tensor:
+    """The logits after a prompt of `tokens [1, T]`, read in chunks over a pool as the engine does."""
+    device, length = model.device, tokens.shape[1]
+    pool = StatePool(model.state_specs(), 1, device)
+    states = pool.states(torch.tensor([pool.allocate()], device=device))
+    for start, part in zip(range(0, length, chunk), tokens.split(chunk, 1), strict=True):
+        positions = torch.arange(start, start + part.shape[1], device=device)[None]
+        hidden, _ = model.step(part, states, positions=positions)
+    return model.lm_head(hidden[:, -1])
+
+
 class TheirDecoder:
     """The same for a model of Hugging Face, with a cache of keys and values of `position` tokens."""
 

@@ -4,15 +4,13 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 
 from ..model import SpikingBrainForCausalLM
 from ..packing import prepare
-from ..state import StatePool
 from . import Row, require_close, seconds
-from .models import ADAPTIVE, DTYPES, ours, qwen2
+from .models import ADAPTIVE, DTYPES, ours, qwen2, read
 
 # What logits may differ by once weights are packed. With spikes nothing bounds it: a neuron may be near its threshold.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "int8": 0.15}
@@ -39,7 +37,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for length in args.lengths:
         tokens = torch.randint(0, next(iter(models.values())).config.vocab_size, (1, length))
-        calls: dict[str, Call] = {kind: partial(read, model, length, args.chunk) for kind, model in models.items()}
+        calls: dict[str, Call] = {kind: partial(read, model, tokens, args.chunk) for kind, model in models.items()}
         if length <= args.peer_up_to:
             calls |= {name: partial(peer, tokens, logits_to_keep=1) for name, peer in peers.items()}
         for name, took in _medians(calls, args.repeats).items():
@@ -50,9 +48,10 @@ def run(args: argparse.Namespace) -> list[Row]:
 def _model(kind: str, args: argparse.Namespace) -> SpikingBrainForCausalLM:
     spiking = ADAPTIVE if kind == SPIKES else None
     model = ours(args.model, kind if kind in DTYPES else "bf16", args.layers, spiking=spiking)
-    expected = read(model, 70, args.chunk)
+    prompt = torch.randint(0, model.config.vocab_size, (1, 70))
+    expected = read(model, prompt, args.chunk)
     prepare(model, "int8" if kind == SPIKES else kind)
-    found = read(model, 70, args.chunk)
+    found = read(model, prompt, args.chunk)
     if kind in TOLERANCE:
         require_close(f"the model in {kind}", found, expected, TOLERANCE[kind])
     return model
@@ -66,15 +65,3 @@ def _medians(calls: dict[str, Call], repeats: int) -> dict[str, float]:
 
 def _once(call: Call) -> Callable[[int], object]:
     return lambda _: call()
-
-
-def read(model: SpikingBrainForCausalLM, length: int, chunk: int) -> Any:
-    """The logits after a prompt, read in chunks over a pool as the engine does."""
-    torch.manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (1, length))
-    pool = StatePool(model.state_specs(), 1, "cpu")
-    slot = pool.allocate()
-    for start, part in zip(range(0, length, chunk), tokens.split(chunk, 1), strict=True):
-        positions = torch.arange(start, start + part.shape[1])[None]
-        hidden, _ = model.step(part, pool.states(torch.tensor([slot])), positions=positions)
-    return model.lm_head(hidden[:, -1])
