@@ -4,7 +4,6 @@ A fork of pytest's own process would inherit its thread pools; a fresh interpret
 """
 
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -13,9 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 PRELOADED = ["torch", "transformers", "transformers.models.qwen2.modeling_qwen2", "deepspeed", "spikingbrain"]
-SECONDS = 120
+SECONDS = 400
 KILLED = -9
 
 
@@ -26,8 +26,10 @@ def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    # As under torchrun the launcher keeps the store: its port is taken when the ranks learn of it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with TemporaryDirectory() as folder:
-        place = (Path(folder), free_port())
+        place = (Path(folder), store.port)
         ranks = [context.Process(target=_rank, args=(rank, size, *place, work, args)) for rank in range(size)]
         for process in ranks:
             process.start()
@@ -45,19 +47,12 @@ def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
         return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _rank(rank: int, size: int, folder: Path, port: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     # As many local ranks as cores: one thread each, and sums in the same order whatever the world's size.
     local_size = max(size, os.cpu_count() or 1)
     settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local_size}
     os.environ.update({name: str(value) for name, value in settings.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"})
     torch.manual_seed(0)
     try:
         torch.save(work(*args), folder / f"done-{rank}")

@@ -1,6 +1,7 @@
 """A run under DeepSpeed's own launcher, as configs/deploy/README.md has it."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,15 @@ from pathlib import Path
 import yaml
 
 from . import runs
-from .harness import free_port
 
 BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_two_nodes_of_a_hostfile_train_one_run_each_started_on_its_own(make_config, tmp_path):

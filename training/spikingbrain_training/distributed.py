@@ -48,7 +48,8 @@ def start(out: Path, sequence: int = 1, expert: int = 1) -> World:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if size == 1:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        # Of port 0 the store makes one that is free; nobody else needs to know it.
+        os.environ.setdefault("MASTER_PORT", "0")
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(local)
@@ -82,14 +83,6 @@ def _keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             mallopt(parameter, 2**31 - 1)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _import_deepspeed(out: Path, gpu: bool) -> Any:
