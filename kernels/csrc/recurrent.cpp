@@ -2,13 +2,15 @@
 // rule, where beta (v - k diag(exp g) S) takes the place of v.
 //
 // One pass over the state a token whatever its length, so prefill in any chunks and decoding give the same bits. Query
-// heads that share k, v and decay share the state. A task is one document, one state and a slice of its columns.
+// heads that share k, v and decay share the state. A task is one document, one state and a slice of its columns; it is
+// updated where it lies for one token and in a copy for more.
 #include "simd.h"
 
 namespace {
 
 constexpr int64_t SLICE = 32;  // columns of the state a task holds in the first cache
-constexpr int HEADS = 8;       // query heads at once
+constexpr int PAIR = 2;        // vectors of columns at once, so that k, decay and q are loaded for both
+constexpr int HEADS = W == 16 ? 8 : 4;  // query heads at once: their sums take half of the registers
 constexpr int64_t CHUNK = 16;  // tokens from one kept state to the next
 constexpr int64_t ALONE = 1 << 16;  // elements of state for which it is not worth waking other threads
 
@@ -27,41 +29,53 @@ const void* place(const Tensor& x, int64_t token, int64_t element) {
     return at(x.data, x.type, token * x.stride + element);
 }
 
-// Rows of a state that are read next: they are brought into the second cache while others are computed.
-struct Ahead {
-    const float* rows;
+// Rows of a state, `stride` floats apart; none if `first` is null.
+struct Rows {
+    float* first;
     int64_t stride;
+
+    float* at(int64_t i) const { return first + i * stride; }
+    Rows from(int64_t column) const { return {first + column, stride}; }
 };
 
-// S += k v for one vector of columns; then H heads read it.
-template <int H>
-void columns(float* state, const float* decay, const float* k, vf v, const float* q, int64_t q_stride, int64_t key,
-             bool update, Ahead ahead, vf* out) {
-    vf o[H] = {};
+// S += k v for a pair of vectors of columns (UPDATE); then H heads read them. The rows `ahead` are brought into the
+// second cache meanwhile.
+template <int H, bool UPDATE>
+void columns(Rows state, const float* decay, const float* k, const float* v, const float* q, int64_t q_stride,
+             int64_t key, Rows ahead, vf (*out)[PAIR]) {
+    const vf v0 = load(v), v1 = load(v + W);
+    vf o[H][PAIR] = {};
     for (int64_t i = 0; i < key; i++) {
-        __builtin_prefetch(ahead.rows + i * ahead.stride, 0, 2);
-        vf s = load(state + i * SLICE);
-        if (update) {
-            s = fma(splat(k[i]), v, splat(decay[i]) * s);
-            store(state + i * SLICE, s);
+        vf s0 = load(state.at(i)), s1 = load(state.at(i) + W);
+        if (UPDATE) {
+            __builtin_prefetch(ahead.at(i), 0, 2);
+            const vf x = splat(k[i]), a = splat(decay[i]);
+            s0 = fma(x, v0, a * s0), s1 = fma(x, v1, a * s1);
+            store(state.at(i), s0), store(state.at(i) + W, s1);
         }
 #pragma GCC unroll 8
-        for (int h = 0; h < H; h++) o[h] = fma(splat(q[h * q_stride + i]), s, o[h]);
+        for (int h = 0; h < H; h++) {
+            const vf x = splat(q[h * q_stride + i]);
+            o[h][0] = fma(x, s0, o[h][0]), o[h][1] = fma(x, s1, o[h][1]);
+        }
     }
-    for (int h = 0; h < H; h++) out[h] = o[h];
+    memcpy(out, o, sizeof o);
 }
 
-void columns(int64_t heads, float* state, const float* decay, const float* k, vf v, const float* q, int64_t q_stride,
-             int64_t key, bool update, Ahead ahead, vf* out) {
+template <bool UPDATE>
+void columns(int64_t heads, Rows state, const float* decay, const float* k, const float* v, const float* q,
+             int64_t q_stride, int64_t key, Rows ahead, vf (*out)[PAIR]) {
     switch (heads) {
-        case 1: return columns<1>(state, decay, k, v, q, q_stride, key, update, ahead, out);
-        case 2: return columns<2>(state, decay, k, v, q, q_stride, key, update, ahead, out);
-        case 3: return columns<3>(state, decay, k, v, q, q_stride, key, update, ahead, out);
-        case 4: return columns<4>(state, decay, k, v, q, q_stride, key, update, ahead, out);
-        case 5: return columns<5>(state, decay, k, v, q, q_stride, key, update, ahead, out);
-        case 6: return columns<6>(state, decay, k, v, q, q_stride, key, update, ahead, out);
-        case 7: return columns<7>(state, decay, k, v, q, q_stride, key, update, ahead, out);
-        default: return columns<HEADS>(state, decay, k, v, q, q_stride, key, update, ahead, out);
+        case 1: return columns<1, UPDATE>(state, decay, k, v, q, q_stride, key, ahead, out);
+        case 2: return columns<2, UPDATE>(state, decay, k, v, q, q_stride, key, ahead, out);
+        case 3: return columns<3, UPDATE>(state, decay, k, v, q, q_stride, key, ahead, out);
+#if W == 16
+        case 4: return columns<4, UPDATE>(state, decay, k, v, q, q_stride, key, ahead, out);
+        case 5: return columns<5, UPDATE>(state, decay, k, v, q, q_stride, key, ahead, out);
+        case 6: return columns<6, UPDATE>(state, decay, k, v, q, q_stride, key, ahead, out);
+        case 7: return columns<7, UPDATE>(state, decay, k, v, q, q_stride, key, ahead, out);
+#endif
+        default: return columns<HEADS, UPDATE>(state, decay, k, v, q, q_stride, key, ahead, out);
     }
 }
 
@@ -88,17 +102,17 @@ void copy_rows(const float* x, int64_t from, int64_t rows, int64_t width, float*
 }
 
 // v becomes what the delta rule adds to the state: beta (v - k diag(decay) S).
-void error_of(const float* state, const float* decay, const float* k, float beta, int64_t key, float* v) {
+void error_of(Rows state, const float* decay, const float* k, float beta, int64_t key, float* v) {
     vf seen[SLICE / W] = {};
     for (int64_t i = 0; i < key; i++)
 #pragma GCC unroll 8
         for (int c = 0; c < SLICE / W; c++)
-            seen[c] = fma(splat(k[i]), splat(decay[i]) * load(state + i * SLICE + c * W), seen[c]);
+            seen[c] = fma(splat(k[i]), splat(decay[i]) * load(state.at(i) + c * W), seen[c]);
     for (int c = 0; c < SLICE / W; c++) store(v + c * W, splat(beta) * (load(v + c * W) - seen[c]));
 }
 
-void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first, int64_t width, float* state,
-               float* row, int64_t stride, Ahead ahead) {
+void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first, int64_t width, Rows state, float* row,
+               int64_t stride, Rows ahead) {
     const int64_t per_group = r.heads / r.groups;
     float *decay = row, *k = row + stride, *v = row + 2 * stride, *q = row + 3 * stride;
     read_decay(r, token, group, decay);
@@ -111,14 +125,16 @@ void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first,
     }
     for (int64_t h = 0; h < per_group; h++)
         widen_row(place(r.q, token, (group * per_group + h) * r.key), r.q.type, r.key, q + h * stride);
-    for (int64_t c = 0; c < width; c += W)
+    for (int64_t c = 0; c < width; c += PAIR * W)
         for (int64_t h = 0; h < per_group; h += HEADS) {
             const int64_t some = per_group - h < HEADS ? per_group - h : HEADS;
-            vf out[HEADS];
-            columns(some, state + c, decay, k, load(v + c), q + h * stride, stride, r.key, h == 0,
-                    {ahead.rows + c, ahead.stride}, out);
+            const auto pass = h ? columns<false> : columns<true>;
+            vf out[HEADS][PAIR];
+            pass(some, state.from(c), decay, k, v + c, q + h * stride, stride, r.key, ahead.from(c), out);
             for (int64_t i = 0; i < some; i++)
-                put(r, token, group * per_group + h + i, first + c, width - c, out[i] * splat(r.scale));
+                for (int64_t part = c; part < width && part < c + PAIR * W; part += W)
+                    put(r, token, group * per_group + h + i, first + part, width - part,
+                        out[i][(part - c) / W] * splat(r.scale));
         }
 }
 
@@ -133,28 +149,39 @@ struct Slice {
         document = number / slices / r.groups, group = number / slices % r.groups, first = number % slices * SLICE;
         width = r.value - first < SLICE ? r.value - first : SLICE;
     }
-    // Its rows, `r.value` apart, or null: padding remembers zeros.
-    float* home(const Recurrence& r) const {
+    // Its rows; none for padding, which remembers zeros.
+    Rows home(const Recurrence& r) const {
         const int64_t slot = r.slots ? r.slots[document] : document;
-        return slot < 0 ? nullptr : r.pool + (slot * r.groups + group) * r.key * r.value + first;
+        return {slot < 0 ? nullptr : r.pool + (slot * r.groups + group) * r.key * r.value + first, r.value};
     }
 };
 
-void one_slice(const Recurrence& r, const Slice& slice, const float* next) {
+// All tokens of a document, over a copy of the slice.
+void over_copy(const Recurrence& r, const Slice& slice, Rows home, Rows next, float* row, int64_t stride) {
     const auto& [document, group, first, width] = slice;
-    const int64_t stride = (r.key > SLICE ? r.key : SLICE) + W, end = r.starts[document + 1];
-    Buffer<float> state(r.key * SLICE), row((3 + r.heads / r.groups) * stride);
-    memset(state.data, 0, r.key * SLICE * sizeof(float));
-    memset(row.data, 0, 3 * stride * sizeof(float));
-    float* home = slice.home(r);
-    if (home) copy_rows(home, r.value, r.key, width, state.data, SLICE);
+    const int64_t end = r.starts[document + 1];
+    Buffer<float> copy(r.key * SLICE);
+    const Rows state = {copy.data, SLICE};
+    memset(copy.data, 0, r.key * SLICE * sizeof(float));
+    if (home.first) copy_rows(home.first, r.value, r.key, width, copy.data, SLICE);
     for (int64_t n = r.starts[document]; n < end; n++) {
         if (r.kept && (n - r.starts[document]) % CHUNK == 0)
-            copy_rows(state.data, SLICE, r.key, width, kept_state(r, document, group, n) + first, r.value);
-        const Ahead ahead = next && n == end - 1 ? Ahead{next, r.value} : Ahead{state.data, SLICE};
-        one_token(r, r.tokens ? r.tokens[n] : n, group, first, width, state.data, row.data, stride, ahead);
+            copy_rows(copy.data, SLICE, r.key, width, kept_state(r, document, group, n) + first, r.value);
+        const Rows ahead = next.first && n == end - 1 ? next : state;
+        one_token(r, r.tokens ? r.tokens[n] : n, group, first, width, state, row, stride, ahead);
     }
-    if (home) copy_rows(state.data, SLICE, r.key, width, home, r.value);
+    if (home.first) copy_rows(copy.data, SLICE, r.key, width, home.first, r.value);
+}
+
+void one_slice(const Recurrence& r, const Slice& slice, Rows next) {
+    const int64_t stride = (r.key > SLICE ? r.key : SLICE) + W, n = r.starts[slice.document];
+    Buffer<float> row((3 + r.heads / r.groups) * stride);
+    memset(row.data, 0, 3 * stride * sizeof(float));
+    const Rows home = slice.home(r);
+    const bool alone = r.starts[slice.document + 1] - n == 1 && !r.kept && home.first;
+    if (!alone || slice.width % (PAIR * W)) return over_copy(r, slice, home, next, row.data, stride);
+    one_token(r, r.tokens ? r.tokens[n] : n, slice.group, slice.first, slice.width, home, row.data, stride,
+              next.first ? next : home);
 }
 
 // Gradients of the loss, in fp32: `out` and `state` of the results, the others of what went in.
@@ -264,7 +291,7 @@ EXPORT(gated_linear)(const Recurrence* r, int64_t documents, int64_t threads) {
     const int64_t steps = r->starts[documents] * r->groups * r->key * r->value;
 #pragma omp parallel for num_threads(threads) schedule(guided) if (steps > ALONE)
     for (int64_t task = 0; task < tasks; task++)
-        one_slice(*r, Slice(*r, task), task + 1 < tasks ? Slice(*r, task + 1).home(*r) : nullptr);
+        one_slice(*r, Slice(*r, task), task + 1 < tasks ? Slice(*r, task + 1).home(*r) : Rows{});
 }
 
 // Gradients of a call whose `kept` states are at hand; writes those of every token of a document, and of the states.

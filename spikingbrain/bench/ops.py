@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -74,10 +75,13 @@ def _counts(channels: int, silent: float) -> Tensor:
 
 
 def _steps(roof: float, repeats: int) -> list[Row]:
-    """One token of 64 sequences of the 7B shape, states out of cache; recurrent states are in fp32 for bf16 too."""
+    """One token of 64 sequences of the 7B shape; recurrent states are in fp32 for bf16 too.
+
+    Each call takes other sequences of a pool, until `POOL_BYTES` were touched: no cache holds a state until it is next.
+    """
     batch, heads, groups, width, window = 64, 28, 4, 128, 1024
-    decay, slots = -torch.rand(batch, 1, groups, width), torch.randperm(batch)
-    pool, ring = torch.randn(batch, groups, width, width), torch.randn(batch, window, 2, groups, width)
+    decay = -torch.rand(batch, 1, groups, width)
+    pool, ring = (_pool(batch, *sizes) for sizes in ((groups, width, width), (window, 2, groups, width)))
     positions, shape = torch.full((batch, 1), window), f"{batch} sequences of 7B"
     rows: list[Row] = []
     for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -85,23 +89,30 @@ def _steps(roof: float, repeats: int) -> list[Row]:
         linear = partial(gated_linear, q, k, v, decay, scale=1.0)
         attention = partial(window_attention, q, k, v, window=window, positions=positions)
         for op, call, state in (("gated_linear", linear, pool), ("window_attention", attention, ring.to(dtype))):
-            moved = state.nbytes * (2 if op == "gated_linear" else 1)
-            for name, took, error in _step(op, call, Slots(state.clone(), slots), TOLERANCE[kind], repeats):
+            parts = [Slots(state, slots) for slots in torch.randperm(len(state)).split(batch)]
+            moved = state[:batch].nbytes * (2 if op == "gated_linear" else 1)
+            for name, took, error in _step(op, call, parts, TOLERANCE[kind], repeats):
                 speed = moved / took
                 figures = {"us": took * 1e6, "GB/s": speed / 1e9, "of roof": speed / roof, "error": error}
                 rows.append({"op": f"{op} step, {name}", "shape": shape, "inputs": kind, **figures})
     return rows
 
 
+def _pool(batch: int, *sizes: int) -> Tensor:
+    """States of these sizes, `POOL_BYTES` of them but at least a batch."""
+    batches = max(1, POOL_BYTES // (4 * batch * prod(sizes)))
+    return torch.randn(batches * batch, *sizes)
+
+
 def _step(
-    op: str, call: Callable[..., Any], state: Slots, tolerance: float, repeats: int
+    op: str, call: Callable[..., Any], states: list[Slots], tolerance: float, repeats: int
 ) -> Iterator[tuple[str, float, float]]:
     """Each backend's name, its time and the native one's error."""
-    expected = call(state=state.read(), backend="reference")[0]
-    error = require_close(op, call(state=state, backend="native")[0], expected, tolerance)
+    expected = call(state=states[0].read(), backend="reference")[0]
+    error = require_close(op, call(state=states[0], backend="native")[0], expected, tolerance)
     for name in ("native", "chunked"):
-        yield name, seconds(_again(call, state, name), repeats=max(5, repeats // 3)), error
+        yield name, seconds(_again(call, states, name), repeats=max(5, repeats // 3)), error
 
 
-def _again(call: Callable[..., Any], state: Slots, backend: str) -> Callable[[int], Any]:
-    return lambda _: call(state=state, backend=backend)
+def _again(call: Callable[..., Any], states: list[Slots], backend: str) -> Callable[[int], Any]:
+    return lambda i: call(state=states[i % len(states)], backend=backend)
