@@ -29,7 +29,9 @@ const void* place(const Tensor& x, int64_t token, int64_t element) {
     return at(x.data, x.type, token * x.stride + element);
 }
 
-// Rows of a state, `stride` floats apart; none if `first` is null.
+constexpr int64_t LINE = 16;  // floats that a cache fetches at once
+
+// Rows of a state, `stride` floats apart.
 struct Rows {
     float* first;
     int64_t stride;
@@ -38,17 +40,17 @@ struct Rows {
     Rows from(int64_t column) const { return {first + column, stride}; }
 };
 
-// S += k v for a pair of vectors of columns (UPDATE); then H heads read them. The rows `ahead` are brought into the
-// second cache meanwhile.
+// S += k v for a pair of vectors of columns (UPDATE); then H heads read them. As many floats from `ahead` on come into
+// the second cache meanwhile.
 template <int H, bool UPDATE>
 void columns(Rows state, const float* decay, const float* k, const float* v, const float* q, int64_t q_stride,
-             int64_t key, Rows ahead, vf (*out)[PAIR]) {
+             int64_t key, const float* ahead, vf (*out)[PAIR]) {
     const vf v0 = load(v), v1 = load(v + W);
     vf o[H][PAIR] = {};
     for (int64_t i = 0; i < key; i++) {
         vf s0 = load(state.at(i)), s1 = load(state.at(i) + W);
         if (UPDATE) {
-            __builtin_prefetch(ahead.at(i), 0, 2);
+            for (int64_t j = 0; j < PAIR * W; j += LINE) __builtin_prefetch(ahead + i * PAIR * W + j, 0, 2);
             const vf x = splat(k[i]), a = splat(decay[i]);
             s0 = fma(x, v0, a * s0), s1 = fma(x, v1, a * s1);
             store(state.at(i), s0), store(state.at(i) + W, s1);
@@ -64,7 +66,7 @@ void columns(Rows state, const float* decay, const float* k, const float* v, con
 
 template <bool UPDATE>
 void columns(int64_t heads, Rows state, const float* decay, const float* k, const float* v, const float* q,
-             int64_t q_stride, int64_t key, Rows ahead, vf (*out)[PAIR]) {
+             int64_t q_stride, int64_t key, const float* ahead, vf (*out)[PAIR]) {
     switch (heads) {
         case 1: return columns<1, UPDATE>(state, decay, k, v, q, q_stride, key, ahead, out);
         case 2: return columns<2, UPDATE>(state, decay, k, v, q, q_stride, key, ahead, out);
@@ -112,7 +114,7 @@ void error_of(Rows state, const float* decay, const float* k, float beta, int64_
 }
 
 void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first, int64_t width, Rows state, float* row,
-               int64_t stride, Rows ahead) {
+               int64_t stride, const float* ahead) {
     const int64_t per_group = r.heads / r.groups;
     float *decay = row, *k = row + stride, *v = row + 2 * stride, *q = row + 3 * stride;
     read_decay(r, token, group, decay);
@@ -130,7 +132,7 @@ void one_token(const Recurrence& r, int64_t token, int64_t group, int64_t first,
             const int64_t some = per_group - h < HEADS ? per_group - h : HEADS;
             const auto pass = h ? columns<false> : columns<true>;
             vf out[HEADS][PAIR];
-            pass(some, state.from(c), decay, k, v + c, q + h * stride, stride, r.key, ahead.from(c), out);
+            pass(some, state.from(c), decay, k, v + c, q + h * stride, stride, r.key, ahead + c * r.key, out);
             for (int64_t i = 0; i < some; i++)
                 for (int64_t part = c; part < width && part < c + PAIR * W; part += W)
                     put(r, token, group * per_group + h + i, first + part, width - part,
@@ -149,39 +151,40 @@ struct Slice {
         document = number / slices / r.groups, group = number / slices % r.groups, first = number % slices * SLICE;
         width = r.value - first < SLICE ? r.value - first : SLICE;
     }
-    // Its rows; none for padding, which remembers zeros.
-    Rows home(const Recurrence& r) const {
+    // The state that it is of; null for padding, which remembers zeros.
+    float* state(const Recurrence& r) const {
         const int64_t slot = r.slots ? r.slots[document] : document;
-        return {slot < 0 ? nullptr : r.pool + (slot * r.groups + group) * r.key * r.value + first, r.value};
+        return slot < 0 ? nullptr : r.pool + (slot * r.groups + group) * r.key * r.value;
     }
 };
 
 // All tokens of a document, over a copy of the slice.
-void over_copy(const Recurrence& r, const Slice& slice, Rows home, Rows next, float* row, int64_t stride) {
+void over_copy(const Recurrence& r, const Slice& slice, float* home, float* row, int64_t stride, const float* next) {
     const auto& [document, group, first, width] = slice;
     const int64_t end = r.starts[document + 1];
     Buffer<float> copy(r.key * SLICE);
-    const Rows state = {copy.data, SLICE};
     memset(copy.data, 0, r.key * SLICE * sizeof(float));
-    if (home.first) copy_rows(home.first, r.value, r.key, width, copy.data, SLICE);
+    if (home) copy_rows(home, r.value, r.key, width, copy.data, SLICE);
     for (int64_t n = r.starts[document]; n < end; n++) {
         if (r.kept && (n - r.starts[document]) % CHUNK == 0)
             copy_rows(copy.data, SLICE, r.key, width, kept_state(r, document, group, n) + first, r.value);
-        const Rows ahead = next.first && n == end - 1 ? next : state;
-        one_token(r, r.tokens ? r.tokens[n] : n, group, first, width, state, row, stride, ahead);
+        one_token(r, r.tokens ? r.tokens[n] : n, group, first, width, {copy.data, SLICE}, row, stride,
+                  next && n == end - 1 ? next : copy.data);
     }
-    if (home.first) copy_rows(copy.data, SLICE, r.key, width, home.first, r.value);
+    if (home) copy_rows(copy.data, SLICE, r.key, width, home, r.value);
 }
 
-void one_slice(const Recurrence& r, const Slice& slice, Rows next) {
+// `next`: the state after this one, or null. Each slice fetches its share of it, whole rows: memory gives them fastest.
+void one_slice(const Recurrence& r, const Slice& slice, const float* next) {
     const int64_t stride = (r.key > SLICE ? r.key : SLICE) + W, n = r.starts[slice.document];
     Buffer<float> row((3 + r.heads / r.groups) * stride);
     memset(row.data, 0, 3 * stride * sizeof(float));
-    const Rows home = slice.home(r);
-    const bool alone = r.starts[slice.document + 1] - n == 1 && !r.kept && home.first;
-    if (!alone || slice.width % (PAIR * W)) return over_copy(r, slice, home, next, row.data, stride);
-    one_token(r, r.tokens ? r.tokens[n] : n, slice.group, slice.first, slice.width, home, row.data, stride,
-              next.first ? next : home);
+    float* home = slice.state(r) ? slice.state(r) + slice.first : nullptr;
+    if (next) next += slice.first * r.key;
+    const bool one = r.starts[slice.document + 1] - n == 1 && !r.kept;
+    if (!one || !home || slice.width % (PAIR * W)) return over_copy(r, slice, home, row.data, stride, next);
+    one_token(r, r.tokens ? r.tokens[n] : n, slice.group, slice.first, slice.width, {home, r.value}, row.data, stride,
+              next ? next : home);
 }
 
 // Gradients of the loss, in fp32: `out` and `state` of the results, the others of what went in.
@@ -290,8 +293,10 @@ EXPORT(gated_linear)(const Recurrence* r, int64_t documents, int64_t threads) {
     const int64_t tasks = documents * r->groups * slices_of(*r);
     const int64_t steps = r->starts[documents] * r->groups * r->key * r->value;
 #pragma omp parallel for num_threads(threads) schedule(guided) if (steps > ALONE)
-    for (int64_t task = 0; task < tasks; task++)
-        one_slice(*r, Slice(*r, task), task + 1 < tasks ? Slice(*r, task + 1).home(*r) : Rows{});
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t next = task + slices_of(*r);
+        one_slice(*r, Slice(*r, task), next < tasks ? Slice(*r, next).state(*r) : nullptr);
+    }
 }
 
 // Gradients of a call whose `kept` states are at hand; writes those of every token of a document, and of the states.

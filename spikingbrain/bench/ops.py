@@ -110,8 +110,8 @@ def _step(
     """Each backend's name, its time and the native one's error."""
     expected = call(state=states[0].read(), backend="reference")[0]
     error = require_close(op, call(state=states[0], backend="native")[0], expected, tolerance)
-    for name in ("native", "chunked"):
-        yield name, seconds(_again(call, states, name), repeats=max(5, repeats // 3)), error
+    for name, times in (("native", repeats), ("chunked", max(5, repeats // 6))):
+        yield name, seconds(_again(call, states, name), repeats=times), error
 
 
 def _again(call: Callable[..., Any], states: list[Slots], backend: str) -> Callable[[int], Any]:
